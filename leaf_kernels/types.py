@@ -1,0 +1,52 @@
+"""The enum and the result tuples shared by the ops."""
+
+from __future__ import annotations
+
+from enum import Enum
+from typing import NamedTuple
+
+import torch
+
+
+class Impl(str, Enum):
+    """Which implementation of an op runs."""
+
+    AUTO = "auto"
+    TRITON = "triton"
+    REFERENCE = "reference"
+
+
+class LinearKLOutput(NamedTuple):
+    """Result of `linear_kl`."""
+
+    loss: torch.Tensor  # scalar, fp32 (fp64 for fp64 inputs), differentiable
+    per_token: torch.Tensor  # [N], detached; the unweighted t²·D of each row, 0 where the row was not used
+
+
+class LinearCrossEntropyOutput(NamedTuple):
+    """Result of `linear_cross_entropy`."""
+
+    loss: torch.Tensor  # scalar, fp32 (fp64 for fp64 inputs), differentiable
+    per_token: torch.Tensor  # [N], detached; the unweighted cross-entropy of each row, 0 where the row was not used
+
+
+class TokenScores(NamedTuple):
+    """Result of `token_scores`; all [N], fp32."""
+
+    teacher_norm: torch.Tensor
+    student_norm: torch.Tensor
+    score: torch.Tensor  # D of the paper's E3: low = a confounder; +inf where not scored
+
+
+class FlaggedSpans(NamedTuple):
+    """Result of `flagged_spans`: fixed capacity, so that building it needs no host sync."""
+
+    segment: torch.Tensor  # [C] int32, -1 = unused
+    start: torch.Tensor  # [C] int32, position in the pack, inclusive
+    end: torch.Tensor  # [C] int32, exclusive
+    count: torch.Tensor  # scalar int32 on the device
+
+    def to_list(self) -> list[tuple[int, int, int]]:
+        """The spans as (segment, start, end). This is the one host sync."""
+        n = int(self.count)
+        return list(zip(self.segment[:n].tolist(), self.start[:n].tolist(), self.end[:n].tolist()))
