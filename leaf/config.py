@@ -1,0 +1,354 @@
+"""`RunConfig`: every option of the pipeline, and the argument parser and YAML reader generated from it."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import functools
+import re
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, NamedTuple
+
+STAGES = ("select", "score", "prune", "verify", "distill", "eval", "report")
+
+TRAINING_DEFAULTS: dict[str, Any] = {
+    "learning_rate": 1e-5,
+    "lr_scheduler_type": "cosine",
+    "num_train_epochs": 3,
+    "per_device_train_batch_size": 32,
+    "logging_steps": 10,
+    "save_strategy": "steps",
+    "save_steps": 100,
+    "save_total_limit": 2,
+}
+
+_MODELS = "select score verify distill eval doctor"
+_ROWS = "select eval doctor"
+_RENDER = "select score verify eval doctor"
+_ALL = " ".join(STAGES)
+
+# Short flags for the fields of LeafArguments that are set most; all others go into `training:` of the YAML file.
+TRAINING_FLAGS: dict[str, tuple[str, type]] = {
+    "learning_rate": ("learning_rate", float),
+    "epochs": ("num_train_epochs", float),
+    "batch_size": ("per_device_train_batch_size", int),
+    "gradient_accumulation_steps": ("gradient_accumulation_steps", int),
+    "max_steps": ("max_steps", int),
+    "bf16": ("bf16", bool),
+}
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "paper": {
+        "rule": "threshold",
+        "tau": 0.05,
+        "select": "student_wrong",
+        "verify": "both",
+        "counterfactuals_per_sample": "all",
+    }
+}
+
+COMPATIBILITY: dict[str, dict[str, Any]] = {
+    "released": {"rule": "quantile", "cap": 0.5, "loss": "concat", "counterfactuals_per_sample": "all"}
+}
+
+
+def _option(default: Any, help: str, stages: str, *, key: bool = True) -> Any:
+    """A field: `stages` names the stages that read it; where `key`, a changed value reruns those stages."""
+    return field(default=default, metadata={"help": help, "stages": tuple(stages.split()), "key": key})
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Options of a run, with the method's defaults. Build it with `RunConfig.from_mapping` to apply a preset.
+
+    Raises:
+        ValueError: an unknown value or options that contradict each other; the message names the remedy.
+    """
+
+    teacher: str | None = _option(None, "teacher: a model folder or hub id", _MODELS, key=False)
+    student: str | None = _option(None, "student: a model folder or hub id", _MODELS, key=False)
+    data: str | None = _option(
+        None, "rows: a .json, .jsonl or .parquet file, or a data set name", "select doctor", key=False
+    )
+    eval_data: str | None = _option(None, "rows to evaluate on (default: the rows of --data)", "eval", key=False)
+    output: str = _option("leaf-run", "the run directory", _ALL, key=False)
+    device: str = _option("auto", "device of scoring, generation and evaluation", _MODELS, key=False)
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = _option(
+        "auto", "dtype of frozen models: auto = bfloat16 on a GPU, float32 on a CPU", "select score verify eval"
+    )
+    seed: int = _option(0, "seed of controls, sampling order and training", "prune distill")
+
+    columns: tuple[str, ...] | None = _option(None, "the two columns that hold prompt and response", _ROWS)
+    prompt_template: str | None = _option(
+        None, 'template of the user turn, e.g. "{question}\\nReason step by step."', _ROWS
+    )
+    protect: tuple[str, ...] = _option((), "regular expressions of prompt text that is never scored", _ROWS)
+    chat_template: str | None = _option(None, "file with a chat template for both models", _RENDER)
+    template_date: str = _option("2026-01-01", "the date that templates print (YYYY-MM-DD)", _RENDER)
+    max_length: int = _option(4096, "tokens of a row; longer rows are skipped and counted", "score distill eval doctor")
+    truncate: Literal["response"] | None = _option(
+        None, "cut long responses at the end instead of skipping", "score doctor"
+    )
+    max_tokens: int = _option(
+        16384, "token budget of a pack or a generation batch", "select score verify distill eval", key=False
+    )
+
+    select: Literal["teacher_right", "student_wrong", "all"] = _option(
+        "teacher_right", "rows to keep; student_wrong = student wrong and teacher right (the paper)", "select"
+    )
+    responses: Literal["dataset", "teacher"] = _option("dataset", "whose response is the target", "select")
+    grader: str | None = _option(
+        None, "exact, math, qa, python or module:function (default: math)", "select verify eval"
+    )
+    max_new_tokens: int = _option(512, "tokens that a model may generate", "select verify eval")
+
+    level: Literal["instruction", "response", "both"] = _option("instruction", "which tokens are scored", "score prune")
+    segments: Literal[2, 3] = _option(2, "segments that a response is cut into at response level", "score")
+    rule: Literal["quantile", "threshold"] = _option(
+        "quantile", "flag a share of the tokens, or scores up to tau", "prune eval"
+    )
+    q: float = _option(0.05, "share of the tokens that the quantile rule flags", "prune eval")
+    tau: float | None = _option(None, "threshold of the threshold rule, at instruction level", "prune eval")
+    tau_response: float | None = _option(None, "threshold at response level (default: tau)", "prune eval")
+    cap: float = _option(0.5, "scores above the cap are never flagged by the quantile rule", "prune eval")
+    signal: Literal["gradient", "student_gradient", "teacher_gradient", "perplexity", "random"] = _option(
+        "gradient", "what tokens are flagged by; all but gradient are controls", "score prune eval"
+    )
+    mode: Literal["span", "collective"] = _option(
+        "span", "one counterfactual per span, or one without any of them", "prune"
+    )
+    verify: Literal["both", "teacher", "none"] | None = _option(
+        None,
+        "who must answer a counterfactual rightly (default: both with select=student_wrong, else teacher)",
+        "verify",
+    )
+
+    loss: Literal["pair", "concat"] = _option(
+        "pair", "two means mixed by lambda, or one mean over everything", "distill"
+    )
+    lambda_: float = _option(0.5, "weight of the originals in the pair loss", "distill")
+    temperature: float = _option(1.0, "temperature of the divergence", "distill")
+    divergence: Literal["forward_kl", "reverse_kl", "jsd"] = _option(
+        "forward_kl", "divergence from the teacher", "distill"
+    )
+    beta: float | None = _option(None, "weight of the teacher in the jsd mixture", "distill")
+    ce_weight: float = _option(0.0, "weight of the cross-entropy on the same rows", "distill")
+    counterfactuals_per_sample: int | Literal["all"] = _option(
+        1, "counterfactuals of a sample per epoch, or all", "distill"
+    )
+    originals: Literal["all", "paired"] = _option(
+        "all", "train on all originals, or on those with counterfactuals", "distill"
+    )
+    training: Mapping[str, Any] = field(
+        default_factory=dict,
+        metadata={"help": "fields of LeafArguments (YAML only)", "stages": ("distill",), "key": True},
+    )
+
+    max_skip_fraction: float = _option(
+        0.01, "share of the rows of a stage that may be skipped before the exit code is non-zero", _ALL, key=False
+    )
+    preset: Literal["paper"] | None = _option(
+        None,
+        "paper: threshold rule with tau 0.05, student_wrong, verified by both, every counterfactual",
+        _ALL,
+        key=False,
+    )
+    compat: Literal["released"] | None = _option(
+        None, "released: quantile rule, cap and one flat loss, as the authors' code", _ALL, key=False
+    )
+
+    def __post_init__(self) -> None:
+        for f in fields(self):
+            object.__setattr__(self, f.name, _convert(f.name, getattr(self, f.name)))
+        object.__setattr__(self, "training", {k: _number(v) for k, v in {**TRAINING_DEFAULTS, **self.training}.items()})
+        if self.verify is None:
+            object.__setattr__(self, "verify", "both" if self.select == "student_wrong" else "teacher")
+        _check(self)
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any]) -> RunConfig:
+        """Defaults, `preset`, `compat`, `values`: each over the one before. "lambda" is accepted for `lambda_`."""
+        values = {("lambda_" if name == "lambda" else name): value for name, value in values.items()}
+        known = {f.name for f in fields(cls)}
+        for name in values:
+            if name not in known:
+                raise ValueError(f"unknown option {name!r}{did_you_mean(name, {k.rstrip('_') for k in known})}")
+        layers: dict[str, Any] = {}
+        for name, table in (("preset", PRESETS), ("compat", COMPATIBILITY)):
+            layers |= table.get(str(values.get(name)), {})
+        return cls(**{**layers, **values})
+
+    def stage_key(self, stage: str) -> dict[str, Any]:
+        """The options whose change makes `stage` run again."""
+        return {
+            f.name: getattr(self, f.name) for f in fields(self) if f.metadata["key"] and stage in f.metadata["stages"]
+        }
+
+
+def load_yaml(path: str) -> dict[str, Any]:
+    """The mapping in a YAML file of options.
+
+    Raises:
+        ValueError: the file is missing, is not YAML, or holds something other than a mapping.
+    """
+    import yaml
+
+    try:
+        with open(path, encoding="utf-8") as file:
+            values = yaml.safe_load(file)
+    except OSError as error:
+        raise ValueError(f"--config: cannot read {path}: {error.strerror}") from error
+    except yaml.YAMLError as error:
+        raise ValueError(f"--config: {path} is not valid YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"--config: {path} must hold a mapping of options, got {type(values).__name__}")
+    return values
+
+
+def add_arguments(parser: argparse.ArgumentParser, stages: Iterable[str]) -> None:
+    """Add `--config` and a flag for every option that one of `stages` reads. Absent flags leave no attribute."""
+    stages = set(stages)
+    parser.add_argument("--config", metavar="FILE", help="YAML file with the same options; flags override it")
+    for f in fields(RunConfig):
+        if f.name == "training" or not stages.intersection(f.metadata["stages"]):
+            continue
+        accepts = _types()[f.name]
+        shown = "" if f.default in (None, ()) else f" (default: {f.default})"
+        parser.add_argument(
+            "--" + f.name.rstrip("_").replace("_", "-"),
+            dest=f.name,
+            default=argparse.SUPPRESS,
+            help=(f.metadata["help"] + shown).replace("%", "%%"),
+            metavar="{" + ",".join(map(str, accepts.words)) + "}" if accepts.closed else accepts.kind.__name__.upper(),
+            nargs="+" if accepts.many else None,
+        )
+    if "distill" in stages:
+        for flag, (name, kind) in TRAINING_FLAGS.items():
+            option = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind}
+            parser.add_argument(
+                "--" + flag.replace("_", "-"),
+                dest=f"training.{name}",
+                default=argparse.SUPPRESS,
+                help=f"training: {name}"
+                + (f" (default: {TRAINING_DEFAULTS[name]})" if name in TRAINING_DEFAULTS else ""),
+                **option,  # type: ignore[arg-type]
+            )
+
+
+def from_arguments(arguments: argparse.Namespace) -> RunConfig:
+    """The `RunConfig` of a parsed command line: flags over `--config` over the defaults."""
+    values = load_yaml(arguments.config) if arguments.config else {}
+    training = dict(_convert("training", values.pop("training", None) or {}))
+    names = {f.name for f in fields(RunConfig)}
+    for name, value in vars(arguments).items():
+        if name.startswith("training."):
+            training[name.removeprefix("training.")] = value
+        elif name in names:
+            values.pop("lambda" if name == "lambda_" else name, None)
+            values[name] = value
+    return RunConfig.from_mapping({**values, "training": training})
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """`"; did you mean 'a' or 'b'?"`, or nothing when no known name is close."""
+    close = difflib.get_close_matches(name.replace("-", "_"), list(known), n=3, cutoff=0.6)
+    return f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
+
+
+def _check(c: RunConfig) -> None:
+    def require(ok: bool, message: str) -> None:
+        if not ok:
+            raise ValueError(message)
+
+    if c.rule == "threshold":
+        require(c.tau is not None, "rule=threshold needs --tau, e.g. 0.05")
+    else:
+        given = [name for name in ("tau", "tau_response") if getattr(c, name) is not None]
+        require(
+            not given, f"{' and '.join(given)} has no effect with rule={c.rule}: add --rule threshold or leave it out"
+        )
+    for name in ("q", "cap", "lambda_", "max_skip_fraction", "tau", "tau_response"):
+        value = getattr(c, name)
+        require(value is None or 0 <= value <= 1, f"{name.rstrip('_')} must be between 0 and 1, got {value}")
+    for name in ("max_length", "max_tokens", "max_new_tokens", "temperature"):
+        require(getattr(c, name) > 0, f"{name} must be positive, got {getattr(c, name)}")
+    require(c.ce_weight >= 0, f"ce_weight must not be negative, got {c.ce_weight}")
+    n = c.counterfactuals_per_sample
+    require(n == "all" or n >= 1, f'counterfactuals_per_sample must be "all" or at least 1, got {n}')
+    if c.divergence == "jsd":
+        require(c.beta is not None and 0 < c.beta < 1, f"divergence=jsd needs --beta between 0 and 1, got {c.beta}")
+    else:
+        require(
+            c.beta is None, f"beta has no effect with divergence={c.divergence}: add --divergence jsd or leave it out"
+        )
+    require(
+        c.columns is None or len(c.columns) == 2, f"columns names two columns, prompt and response, got {c.columns}"
+    )
+    require(
+        c.columns is None or c.prompt_template is None,
+        "columns and prompt_template both name the fields of the prompt: give one of them",
+    )
+    date = re.fullmatch(r"\d{4}-\d{2}-\d{2}", c.template_date)
+    require(date is not None, f"template_date must be YYYY-MM-DD, got {c.template_date!r}")
+    for pattern in c.protect:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(f"protect: {pattern!r} is not a regular expression: {error}") from error
+
+
+class _Type(NamedTuple):
+    """What a field accepts, from its annotation."""
+
+    kind: type  # what a value is converted to
+    words: tuple[Any, ...]  # the literal values among its types
+    closed: bool  # nothing but `words` is allowed
+    many: bool  # several values
+    optional: bool  # None is allowed
+
+
+@functools.cache
+def _types() -> dict[str, _Type]:
+    return {name: _read_annotation(hint) for name, hint in typing.get_type_hints(RunConfig).items()}
+
+
+def _read_annotation(hint: Any) -> _Type:
+    union = typing.get_origin(hint) in (types.UnionType, typing.Union)
+    members = [m for m in (typing.get_args(hint) if union else (hint,)) if m is not type(None)]
+    words = tuple(word for m in members if typing.get_origin(m) is Literal for word in typing.get_args(m))
+    plain = [typing.get_origin(m) or m for m in members if typing.get_origin(m) is not Literal]
+    many = tuple in plain
+    kind = str if many else plain[0] if plain else type(words[0])
+    return _Type(kind, words, closed=not plain, many=many, optional=union and len(members) < len(typing.get_args(hint)))
+
+
+def _convert(name: str, value: Any) -> Any:
+    """`value` in the type of its field: YAML reads `1e-5` as a string and dates as dates; flags are always strings."""
+    wanted = _types()[name]
+    if value in wanted.words or (value is None and wanted.optional):
+        return value
+    if wanted.many:
+        return (value,) if isinstance(value, str) else tuple(str(v) for v in value)
+    try:
+        if isinstance(value, (bool, list)) or (wanted.kind is int and int(value) != float(value)):
+            raise ValueError
+        if wanted.kind is not Mapping:
+            value = wanted.kind(value)
+        elif not isinstance(value, Mapping):
+            raise ValueError
+        if wanted.closed and value not in wanted.words:
+            raise ValueError
+    except (TypeError, ValueError):
+        names = [*(() if wanted.closed else (wanted.kind.__name__.lower(),)), *map(str, wanted.words)]
+        raise ValueError(f"{name.rstrip('_')} must be {' | '.join(names)}, got {value!r}") from None
+    return value
+
+
+def _number(value: Any) -> Any:
+    """YAML 1.1 reads `1e-5` as a string; a training option that looks like a number is one."""
+    if isinstance(value, str) and re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)[eE][+-]?\d+", value):
+        return float(value)
+    return value
