@@ -52,7 +52,9 @@ class SharedPrefixLayout:
             if not isinstance(value, torch.Tensor) or value.is_floating_point() or value.ndim != 1:
                 raise TypeError(f"{_OP}: {name} must be a 1-D integer tensor, got {value!r}")
             if value.device.type != "cpu":
-                raise ValueError(f"{_OP}: {name} is on {value.device}; build the layout on the CPU, then use .to(device)")
+                raise ValueError(
+                    f"{_OP}: {name} is on {value.device}; build the layout on the CPU, then use .to(device)"
+                )
             object.__setattr__(self, name, value.to(torch.int32))
         if len(self.segment_starts) == 0:
             raise ValueError(f"{_OP}: segment_starts must have S + 1 >= 1 entries, got none")

@@ -54,7 +54,9 @@ def check_model(model: PreTrainedModel | PreTrainedConfig) -> None:
     reason = None
     other = sorted(set(getattr(text, "layer_types", None) or []) - {"full_attention", "sliding_attention"})
     # Configurations name these sizes after the layer they belong to; no attribute says "recurrent" outright.
-    recurrent = sorted(k for k in text.to_dict() if k.startswith(("mamba_", "ssm_", "state_size", "linear_", "lru_", "conv_L_")))
+    recurrent = sorted(
+        k for k in text.to_dict() if k.startswith(("mamba_", "ssm_", "state_size", "linear_", "lru_", "conv_L_"))
+    )
     if config.is_encoder_decoder:
         reason = "is an encoder-decoder"
     elif other:

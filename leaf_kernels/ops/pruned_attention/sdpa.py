@@ -127,5 +127,7 @@ def _make_bucket(spans: list[tuple[int, int, int, int]]) -> _Bucket:
     j = torch.arange(int((own + prefix_len).max()))
     real = i < own
     query_rows = torch.where(real, start + i, 0)
-    key_rows = torch.where(j < prefix_len, prefix_start + j, torch.where(j < prefix_len + own, start + j - prefix_len, 0))
+    key_rows = torch.where(
+        j < prefix_len, prefix_start + j, torch.where(j < prefix_len + own, start + j - prefix_len, 0)
+    )
     return _Bucket(query_rows, key_rows, real, prefix_len + i if bool(prefix_len.any()) else None)

@@ -1,0 +1,233 @@
+"""Training items and packs: what the trainer's data loader yields.
+
+A *group* is an original and its counterfactuals: `{"id", "original": {"input_ids", "response_start"} | None,
+"counterfactuals": [{...}, ...]}`. A *pack* holds whole groups whose counterfactuals share the original's prefix.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset, IterableDataset, get_worker_info
+
+from leaf_kernels import SharedPrefixLayout
+
+logger = logging.getLogger(__name__)
+
+Group = dict[str, Any]
+Pack = dict[str, Any]
+
+
+def build_groups(
+    scores: Iterable[dict[str, Any]],
+    counterfactuals: Iterable[dict[str, Any]],
+    encode_text: Callable[[str, str], tuple[list[int], Any, int]],
+    *,
+    originals: str = "all",
+) -> list[Group]:
+    """One group per scored row, in order, with all of its counterfactuals that were not dropped by verification.
+
+    Instruction-level and response-level counterfactuals of a row join one group, so that each original response token
+    counts once however often the response was cut.
+
+    Args:
+        scores: rows of the scores table.
+        counterfactuals: rows of the counterfactuals table; `verified` False is left out, null (not asked) is used.
+        encode_text: `Encoder.encode_text`, (prompt, response) → (input_ids, offsets, response_start).
+        originals: "all" keeps rows without a counterfactual, "paired" leaves them out.
+    """
+    if originals not in ("all", "paired"):
+        raise ValueError(f"originals must be 'all' or 'paired', got {originals!r}")
+    by_source = defaultdict(list)
+    for row in counterfactuals:
+        if row["verified"] is not False:
+            input_ids, _, response_start = encode_text(row["prompt"], row["response"])
+            by_source[row["source_id"]].append({"input_ids": input_ids, "response_start": response_start})
+    groups: dict[str, Group] = {}
+    for row in scores:
+        # The original is that of the instruction level when both levels were scored: its target is the whole response.
+        if row["status"] != "ok" or (row["id"] in groups and row["cut"] != 0):
+            continue
+        if row["cut"] == 0:
+            original = {"input_ids": list(row["input_ids"]), "response_start": row["response_start"]}
+        else:
+            start = next(i for i, scored in enumerate(row["scored"]) if scored)
+            original = {"input_ids": list(row["input_ids"]), "response_start": start}
+        groups[row["id"]] = {"id": row["id"], "original": original, "counterfactuals": by_source.pop(row["id"], [])}
+    if by_source:
+        raise ValueError(
+            f"{len(by_source)} counterfactual source(s) have no scored row, first {next(iter(by_source))!r}: "
+            "the two tables come from different runs"
+        )
+    return [g for g in groups.values() if originals == "all" or g["counterfactuals"]]
+
+
+class Collator:
+    """Cuts the groups of a micro-batch into packs of at most `max_tokens` tokens; never changes what is in it.
+
+    Returns `{"packs": [...]}`. A pack has the model's inputs (`input_ids`, `position_ids` [1, N], `layout`) and the losses'
+    (all counted per packed row; the row that predicts a member's first own token may lie in the shared prefix):
+
+    - `rows` [M]: rows whose hidden state enters a loss.
+    - `weight_original`, `weight_counterfactual` [N] fp32: how often a row predicts a response token of an original, and
+      Σu over those of counterfactuals. KL at a row depends on the row alone, so members that share it add their weights.
+    - `label_rows`, `labels`, `label_is_original`, `label_weight` [K]: the same, one entry per predicted token, for
+      cross-entropy: members that share a row have different labels there.
+
+    `concat` counts every response token once (u = 1), as the authors' released code does; otherwise
+    u = 1 / (counterfactuals of that group in the step).
+    """
+
+    def __init__(self, max_tokens: int, concat: bool = False):
+        if max_tokens < 1:
+            raise ValueError(f"max_tokens must be at least 1, got {max_tokens}")
+        self.max_tokens = max_tokens
+        self.concat = concat
+
+    def __call__(self, groups: Sequence[Group]) -> dict[str, list[Pack]]:
+        packs, current, size = [], [], 0
+        for group in groups:
+            tokens = self._tokens(group)
+            if current and size + tokens > self.max_tokens:
+                packs.append(self._pack(current))
+                current, size = [], 0
+            current.append(group)
+            size += tokens
+        packs.append(self._pack(current))  # of a single idle token when a rank has no group left in a short last step
+        return {"packs": packs}
+
+    @staticmethod
+    def _tokens(group: Group) -> int:
+        members = [m for m in (group["original"], *group["counterfactuals"]) if m]
+        return SharedPrefixLayout.from_groups([[m["input_ids"] for m in members]])[0].num_tokens
+
+    def _pack(self, groups: Sequence[Group]) -> Pack:
+        members, kinds, sequences = [], [], []
+        for group in groups:
+            share = 1.0 if self.concat else 1.0 / max(len(group["counterfactuals"]), 1)
+            chosen = [(group["original"], True, 1.0)] if group["original"] else []
+            chosen += [(c, False, share) for c in group["counterfactuals"]]
+            members += [m for m, *_ in chosen]
+            kinds += [kind for _, *kind in chosen]
+            sequences.append([m["input_ids"] for m, *_ in chosen])
+        layout, input_ids = SharedPrefixLayout.from_groups(sequences or [[[0]]])
+
+        rows, labels, original, weights = [], [], [], []
+        for m, (member, (is_original, weight)) in enumerate(zip(members, kinds)):
+            start = member["response_start"]
+            ids = torch.as_tensor(member["input_ids"])
+            if not 0 < start < len(ids):
+                raise ValueError(f"response_start must lie in [1, {len(ids)}) so that a target follows, got {start}")
+            rows.append(layout.member_rows(m)[start - 1 : -1])
+            labels.append(ids[start:])
+            original.append(torch.full_like(rows[-1], is_original, dtype=torch.bool))
+            weights.append(torch.full_like(rows[-1], weight, dtype=torch.float32))
+        label_rows, target, is_original, weight = (
+            torch.cat([torch.empty(0, dtype=dtype), *parts])
+            for dtype, parts in (
+                (torch.int64, rows),
+                (torch.int64, labels),
+                (torch.bool, original),
+                (torch.float32, weights),
+            )
+        )
+
+        def per_row(mask: torch.Tensor) -> torch.Tensor:
+            return torch.zeros(layout.num_tokens).index_add_(0, label_rows[mask], weight[mask])
+
+        return {
+            "input_ids": input_ids[None],
+            "position_ids": layout.position_ids[None],
+            "layout": layout,
+            "rows": label_rows.unique(),
+            "weight_original": per_row(is_original),
+            "weight_counterfactual": per_row(~is_original),
+            "label_rows": label_rows,
+            "labels": target,
+            "label_is_original": is_original,
+            "label_weight": weight,
+        }
+
+
+def choose(group: Group, index: int, epoch: int, seed: int, count: int | str) -> Group:
+    """`group` with the `count` counterfactuals that this epoch uses ("all" = every one), cycled by seed and epoch."""
+    available = group["counterfactuals"]
+    if count == "all" or len(available) <= int(count):
+        return group
+    first = (seed + index + epoch * int(count)) % len(available)
+    return {**group, "counterfactuals": [available[(first + j) % len(available)] for j in range(int(count))]}
+
+
+class GroupDataset(Dataset):
+    """Groups, indexed by (index, epoch): the sampler's keys carry the epoch, so that workers need no shared state."""
+
+    def __init__(self, groups: Sequence[Group], seed: int, count: int | str):
+        self.groups, self.seed, self.count = groups, seed, count
+
+    def __len__(self) -> int:
+        return len(self.groups)
+
+    def __getitem__(self, key: tuple[int, int]) -> Group:
+        index, epoch = key
+        return choose(self.groups[index], index, epoch, self.seed, self.count)
+
+
+class GroupSampler:
+    """Micro-batches of one rank: a global micro-batch is the next `batch_size × world_size` groups, cut in rank order.
+
+    Every rank yields the same number of micro-batches. Where the groups run out a rank's share is short or empty: nothing is
+    ever repeated to fill it up. What a step holds depends on batch size × accumulation × ranks alone.
+    """
+
+    def __init__(self, size: int, batch_size: int, rank: int, world_size: int, seed: int, shuffle: bool):
+        self.size, self.batch_size, self.rank, self.world_size = size, batch_size, rank, world_size
+        self.seed, self.shuffle, self.epoch = seed, shuffle, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return -(-self.size // (self.batch_size * self.world_size))
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        order = torch.arange(self.size)
+        if self.shuffle:
+            order = torch.randperm(self.size, generator=torch.Generator().manual_seed(self.seed + self.epoch))
+        for chunk in order.split(self.batch_size * self.world_size):
+            mine = chunk[self.rank * self.batch_size : (self.rank + 1) * self.batch_size]
+            yield [(int(i), self.epoch) for i in mine]
+
+
+class GroupStream(IterableDataset):
+    """The same for groups that come as a stream: every rank reads all of it and keeps its share of each micro-batch."""
+
+    def __init__(
+        self, groups: Iterable[Group], batch_size: int, rank: int, world_size: int, seed: int, count: int | str
+    ):
+        self.groups, self.batch_size, self.rank, self.world_size = groups, batch_size, rank, world_size
+        self.seed, self.count, self.epoch = seed, count, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[list[Group]]:
+        worker = get_worker_info()
+        workers, mine = (worker.num_workers, worker.id) if worker else (1, 0)
+        total = self.batch_size * self.world_size
+        chunk: list[Group] = []
+        number = 0
+        for index, group in enumerate(self.groups):
+            chunk.append(choose(group, index, self.epoch, self.seed, self.count))
+            if len(chunk) == total:
+                if number % workers == mine:
+                    yield self._share(chunk)
+                chunk, number = [], number + 1
+        if chunk and number % workers == mine:
+            yield self._share(chunk)
+
+    def _share(self, chunk: list[Group]) -> list[Group]:
+        return chunk[self.rank * self.batch_size : (self.rank + 1) * self.batch_size]

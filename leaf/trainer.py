@@ -1,0 +1,278 @@
+"""`LeafTrainer`: distillation on originals and counterfactuals with transformers' Trainer."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from accelerate.utils import send_to_device
+from torch.utils.data import DataLoader, IterableDataset
+from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers.trainer_utils import EvalLoopOutput
+
+from leaf_kernels.integrations.transformers import NAME, check_model, register
+
+from .objective import Distillation, coefficients, distillation, head_of, hidden_states, install
+from .pack import Collator, Group, GroupDataset, GroupSampler, GroupStream
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class LeafArguments(TrainingArguments):
+    """transformers' TrainingArguments and the parameters of the LeaF objective (E7).
+
+    `per_device_train_batch_size × gradient_accumulation_steps × world size` counts *groups* (an original and its
+    counterfactuals). Loss and gradients depend on that product, never on how it is cut.
+    """
+
+    lambda_: float = field(default=0.5, metadata={"help": "weight λ of the originals; 1 − λ on the counterfactuals"})
+    loss_mode: str = field(
+        default="pair", metadata={"help": "pair: λ·L_kd + (1−λ)·L_cd; concat: one mean over all tokens"}
+    )
+    temperature: float = field(default=1.0, metadata={"help": "softmax temperature t; the loss carries t²"})
+    divergence: str = field(default="forward_kl", metadata={"help": "forward_kl, reverse_kl or jsd"})
+    beta: float | None = field(default=None, metadata={"help": "β of jsd"})
+    ce_weight: float = field(default=0.0, metadata={"help": "weight of the cross-entropy on the same rows"})
+    max_tokens: int = field(default=16384, metadata={"help": "tokens per pack; a larger group gets a pack of its own"})
+    counterfactuals_per_sample: str = field(
+        default="1", metadata={"help": "counterfactuals of a row per epoch, cycled; 'all' uses every one in each epoch"}
+    )
+    remove_unused_columns: bool = field(
+        default=False, metadata={"help": "groups are dicts of lists: nothing to remove"}
+    )
+    label_names: list[str] | None = field(default_factory=list, metadata={"help": "targets are part of the packs"})
+    # A NaN that is left out of the logged loss has still reached the weights: we stop at it instead.
+    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "see NonFiniteLoss"})
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "the paper's schedule"})
+    learning_rate: float = field(default=1e-5, metadata={"help": "the paper's learning rate"})
+    report_to: str | list[str] | None = field(default="none", metadata={"help": "trackers, as in transformers"})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.lambda_ <= 1:
+            raise ValueError(f"lambda_ must lie in [0, 1], got {self.lambda_}")
+        if self.loss_mode not in ("pair", "concat"):
+            raise ValueError(f"loss_mode must be 'pair' or 'concat', got {self.loss_mode!r}")
+        if self.counterfactuals_per_sample != "all" and not str(self.counterfactuals_per_sample).isdigit():
+            raise ValueError(
+                f"counterfactuals_per_sample must be a number or 'all', got {self.counterfactuals_per_sample!r}"
+            )
+        if self.n_gpu > 1:
+            raise ValueError(
+                f"{self.n_gpu} GPUs are visible to one process, which would start nn.DataParallel; launch with "
+                "`accelerate launch --multi_gpu -m leaf ...`, or choose one with CUDA_VISIBLE_DEVICES=0"
+            )
+
+
+class NonFiniteLoss(ArithmeticError):
+    """The loss of a step is NaN or infinite; raised before the optimizer sees its gradient."""
+
+
+class LeafTrainer(Trainer):
+    """Distils `teacher` into `model` on groups of originals and counterfactuals.
+
+    Args:
+        model: the student. It stays what it is: every checkpoint loads with plain `from_pretrained`. Both models are set to
+            `attn_implementation="leaf"`; before `generate()`, call `model.set_attn_implementation("sdpa")`.
+        teacher: frozen by this call; moved to the training device.
+        train_dataset, eval_dataset: groups (see `leaf.pack`), a sequence or an iterable; an iterable without a length needs
+            `max_steps`.
+        vocab_size: distil on the first `vocab_size` columns of both heads. Default: all, where the heads have the same size;
+            the smaller size otherwise (padded embeddings). Compare the tokenizers first (`leaf.data.check_pair`).
+
+    `evaluate()` returns eval_loss, eval_kl_original and eval_kl_counterfactual: means over all response tokens of the data
+    set, with every counterfactual, whatever the packs and ranks.
+    """
+
+    loss_is_scaled_for_ga = True  # divided by the weights of the whole accumulation window
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        teacher: PreTrainedModel,
+        args: LeafArguments,
+        train_dataset: Sequence[Group] | Iterable[Group] | None = None,
+        eval_dataset: Sequence[Group] | Iterable[Group] | None = None,
+        vocab_size: int | None = None,
+        **kwargs: Any,
+    ):
+        if kwargs.get("data_collator") is not None:
+            raise ValueError("LeafTrainer packs groups itself: data_collator cannot be replaced")
+        register()
+        student = model.get_base_model() if hasattr(model, "peft_config") else model
+        for each in (student, teacher):
+            check_model(each)
+            head_of(each)
+            each.set_attn_implementation(NAME)
+        install(student)
+        collator = Collator(args.max_tokens, concat=args.loss_mode == "concat")
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=collator,
+            train_dataset=train_dataset,  # type: ignore[arg-type]
+            eval_dataset=eval_dataset,  # type: ignore[arg-type]
+            **kwargs,
+        )
+        self.teacher = teacher.requires_grad_(False).eval().to(args.device)
+        sizes = [head_of(each).weight.shape[0] for each in (student, teacher)]
+        self.vocab_size = vocab_size if vocab_size is not None or sizes[0] == sizes[1] else min(sizes)
+        if student.dtype in (torch.bfloat16, torch.float16) and any(p.requires_grad for p in student.parameters()):
+            logger.warning(
+                "the student's trained weights are %s: at small learning rates most updates round to nothing; load it with "
+                "dtype=torch.float32 and train with bf16=True",
+                student.dtype,
+            )
+
+    # -- data ------------------------------------------------------------------------------------------------------------
+
+    def get_train_dataloader(self) -> DataLoader:
+        if self.train_dataset is None:
+            raise ValueError("LeafTrainer: training needs train_dataset, a sequence or an iterable of groups")
+        args = self.args
+        shuffle = args.train_sampling_strategy != "sequential"
+        return self._loader(
+            self.train_dataset, args.per_device_train_batch_size, args.counterfactuals_per_sample, shuffle
+        )
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        dataset = (
+            self.eval_dataset[eval_dataset] if isinstance(eval_dataset, str) else eval_dataset or self.eval_dataset
+        )
+        if dataset is None:
+            raise ValueError("LeafTrainer: evaluation needs eval_dataset, a sequence or an iterable of groups")
+        return self._loader(dataset, self.args.per_device_eval_batch_size, "all", shuffle=False)
+
+    def _loader(self, dataset: Any, batch_size: int, count: str, shuffle: bool) -> DataLoader:
+        """Sharded by our own sampler: accelerate's repeats samples where they do not divide by the ranks."""
+        args = self.args
+        rank, world_size, seed = args.process_index, args.world_size, args.data_seed or args.seed
+        common = {
+            "collate_fn": self.data_collator,
+            "num_workers": args.dataloader_num_workers,
+            "pin_memory": args.dataloader_pin_memory and args.device.type == "cuda",
+            "persistent_workers": args.dataloader_persistent_workers,
+            "prefetch_factor": args.dataloader_prefetch_factor,
+        }
+        if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
+            stream = GroupStream(dataset, batch_size, rank, world_size, seed, count)
+            return _Loader(stream, batch_size=None, **common)
+        if len(dataset) == 0:
+            raise ValueError("LeafTrainer: the data set has no groups")
+        sampler = GroupSampler(len(dataset), batch_size, rank, world_size, seed, shuffle)
+        return _Loader(GroupDataset(dataset, seed, count), batch_sampler=sampler, **common)
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        return send_to_device(inputs, self.args.device, non_blocking=True)
+
+    # -- loss ------------------------------------------------------------------------------------------------------------
+
+    def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> torch.Tensor:
+        """(N_o, N_c): the weights of the whole optimiser step, over all ranks."""
+        packs = [pack for batch in batch_samples for pack in batch["packs"]]
+        sums = [[pack[w].double().sum() for w in ("weight_original", "weight_counterfactual")] for pack in packs]
+        counts = torch.tensor(sums, dtype=torch.float64).sum(0).to(device)
+        return self.accelerator.reduce(counts, "sum")
+
+    def training_step(
+        self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
+    ) -> torch.Tensor:
+        """One forward and backward per pack; gradients are synchronised with the last one only."""
+        *rest, last = inputs["packs"]
+        total = torch.zeros((), device=self.args.device)
+        for pack in rest:
+            with self.accelerator.no_sync(model):
+                total += super().training_step(model, pack, num_items_in_batch)
+        return total + super().training_step(model, last, num_items_in_batch)
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        """The pack's share of E7 over the whole step; times the ranks, because their gradients are averaged."""
+        coefficient = self._coefficients(num_items_in_batch)
+        result = self._distil(model, inputs, coefficient)
+        if not torch.isfinite(result.loss):
+            raise NonFiniteLoss(
+                f"the loss is {result.loss.item()} at step {self.state.global_step}; nothing was updated with it. Lower the "
+                "learning rate, check the data of this step, or train with bf16=True instead of fp16"
+            )
+        loss = result.loss * self.args.world_size
+        return (loss, result) if return_outputs else loss
+
+    def _coefficients(self, counts: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        return coefficients(counts.float(), self.args.lambda_, concat=self.args.loss_mode == "concat")
+
+    def _distil(
+        self, model: torch.nn.Module, pack: dict[str, Any], coefficient: tuple[torch.Tensor, torch.Tensor]
+    ) -> Distillation:
+        args = self.args
+        inputs = {name: pack[name] for name in ("input_ids", "position_ids", "layout")}
+        with torch.no_grad(), self.accelerator.autocast():
+            teacher_hidden = hidden_states(self.teacher, inputs)
+        objective = distillation(
+            pack,
+            teacher_hidden,
+            head_of(self.teacher),
+            coefficient,
+            temperature=args.temperature,
+            divergence=args.divergence,
+            beta=args.beta,
+            ce_weight=args.ce_weight,
+            vocab_size=self.vocab_size,
+        )
+        return model(**inputs, objective=objective)
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        return sum(super(LeafTrainer, self).floating_point_ops(pack) for pack in inputs["packs"])
+
+    # -- evaluation ------------------------------------------------------------------------------------------------------
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """Token-weighted global means, summed in fp64 over packs and ranks."""
+        args = self.args
+        model = self._wrap_model(self.model, training=False)
+        if model is self.model and not self.accelerator._models:
+            model = self.accelerator.prepare_model(model, evaluation_mode=True)
+        model.eval()
+        sums = torch.zeros(4, dtype=torch.float64, device=args.device)  # Σ KL and Σ weight, original and counterfactual
+        one = torch.ones((), device=args.device)
+        samples = 0
+        for batch in dataloader:
+            for pack in self._prepare_inputs(batch)["packs"]:
+                with torch.no_grad():
+                    result = self._distil(model, pack, (one, one))
+                kl = torch.stack([result.kl_original, result.kl_counterfactual]).double()
+                weight = torch.stack([pack[w].double().sum() for w in ("weight_original", "weight_counterfactual")])
+                sums += torch.cat([kl, weight])
+                samples += int(pack["layout"].num_segments)
+            self.control = self.callback_handler.on_prediction_step(args, self.state, self.control)
+        sums = self.accelerator.reduce(sums, "sum")
+        kl, counts = sums[:2], sums[2:]
+        means = kl / counts.clamp_min(1e-30)
+        loss = (torch.stack(self._coefficients(counts)) * kl).sum()
+        names = ("loss", "kl_original", "kl_counterfactual")
+        values = dict(zip(names, torch.cat([loss[None], means]).tolist()))
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in values.items()}
+        return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=samples)  # type: ignore[arg-type]
+
+
+class _Loader(DataLoader):
+    """A DataLoader that passes the epoch on, under the name that the Trainer looks for."""
+
+    def set_epoch(self, epoch: int) -> None:
+        (self.dataset if isinstance(self.dataset, GroupStream) else self.batch_sampler).set_epoch(epoch)  # type: ignore
