@@ -81,13 +81,21 @@ class RunConfig:
     )
     seed: int = _option(0, "seed of controls, sampling order and training", "prune distill")
 
-    columns: tuple[str, ...] | None = _option(None, "the two columns that hold prompt and response", _ROWS)
+    limit: int | None = _option(None, "read only so many rows", _ROWS)
+    prompt_column: str | None = _option(None, "field that holds the prompt (default: found by itself)", _ROWS)
+    response_column: str | None = _option(None, "field that holds the response (default: found by itself)", _ROWS)
+    answer_column: str | None = _option(None, "field that holds the checkable answer (default: found by itself)", _ROWS)
+    system: str | None = _option(None, "system message of rows that have none", _ROWS)
     prompt_template: str | None = _option(
         None, 'template of the user turn, e.g. "{question}\\nReason step by step."', _ROWS
     )
     protect: tuple[str, ...] = _option((), "regular expressions of prompt text that is never scored", _ROWS)
-    chat_template: str | None = _option(None, "file with a chat template for both models", _RENDER)
-    template_date: str = _option("2026-01-01", "the date that templates print (YYYY-MM-DD)", _RENDER)
+    chat_template: str | None = _option(
+        None, 'template or file with one, for both models; "none" = plain text (default: the student\'s)', _RENDER
+    )
+    template_date: str | None = _option(
+        None, "the day that templates print, YYYY-MM-DD (default: a fixed day)", _RENDER
+    )
     max_length: int = _option(4096, "tokens of a row; longer rows are skipped and counted", "score distill eval doctor")
     truncate: Literal["response"] | None = _option(
         None, "cut long responses at the end instead of skipping", "score doctor"
@@ -175,7 +183,9 @@ class RunConfig:
         known = {f.name for f in fields(cls)}
         for name in values:
             if name not in known:
-                raise ValueError(f"unknown option {name!r}{did_you_mean(name, {k.rstrip('_') for k in known})}")
+                raise ValueError(
+                    f"unknown option {name!r}{did_you_mean(name.replace('-', '_'), {k.rstrip('_') for k in known})}"
+                )
         layers: dict[str, Any] = {}
         for name, table in (("preset", PRESETS), ("compat", COMPATIBILITY)):
             layers |= table.get(str(values.get(name)), {})
@@ -254,7 +264,7 @@ def from_arguments(arguments: argparse.Namespace) -> RunConfig:
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """`"; did you mean 'a' or 'b'?"`, or nothing when no known name is close."""
-    close = difflib.get_close_matches(name.replace("-", "_"), list(known), n=3, cutoff=0.6)
+    close = difflib.get_close_matches(name, list(known), n=3, cutoff=0.6)
     return f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
 
 
@@ -273,8 +283,9 @@ def _check(c: RunConfig) -> None:
     for name in ("q", "cap", "lambda_", "max_skip_fraction", "tau", "tau_response"):
         value = getattr(c, name)
         require(value is None or 0 <= value <= 1, f"{name.rstrip('_')} must be between 0 and 1, got {value}")
-    for name in ("max_length", "max_tokens", "max_new_tokens", "temperature"):
-        require(getattr(c, name) > 0, f"{name} must be positive, got {getattr(c, name)}")
+    for name in ("limit", "max_length", "max_tokens", "max_new_tokens", "temperature"):
+        value = getattr(c, name)
+        require(value is None or value > 0, f"{name} must be positive, got {value}")
     require(c.ce_weight >= 0, f"ce_weight must not be negative, got {c.ce_weight}")
     n = c.counterfactuals_per_sample
     require(n == "all" or n >= 1, f'counterfactuals_per_sample must be "all" or at least 1, got {n}')
@@ -285,14 +296,12 @@ def _check(c: RunConfig) -> None:
             c.beta is None, f"beta has no effect with divergence={c.divergence}: add --divergence jsd or leave it out"
         )
     require(
-        c.columns is None or len(c.columns) == 2, f"columns names two columns, prompt and response, got {c.columns}"
+        c.prompt_column is None or c.prompt_template is None,
+        "prompt_column and prompt_template both say where the prompt is: give one of them",
     )
-    require(
-        c.columns is None or c.prompt_template is None,
-        "columns and prompt_template both name the fields of the prompt: give one of them",
-    )
-    date = re.fullmatch(r"\d{4}-\d{2}-\d{2}", c.template_date)
-    require(date is not None, f"template_date must be YYYY-MM-DD, got {c.template_date!r}")
+    if c.template_date is not None:
+        date = re.fullmatch(r"\d{4}-\d{2}-\d{2}", c.template_date)
+        require(date is not None, f"template_date must be YYYY-MM-DD, got {c.template_date!r}")
     for pattern in c.protect:
         try:
             re.compile(pattern)

@@ -61,7 +61,7 @@ def test_flags_override_the_file(tmp_path: pathlib.Path) -> None:
     assert c.training["learning_rate"] == 1e-4  # PyYAML reads 1e-4 as a string
     assert (c.training["max_steps"], c.training["bf16"], c.counterfactuals_per_sample) == (9, False, 3)
     assert parse("--config", path, "--lambda", "0.9").lambda_ == 0.9
-    assert parse("--columns", "question", "solution").columns == ("question", "solution")
+    assert parse("--protect", "a", "b").protect == ("a", "b")
 
 
 def test_every_option_has_help_and_a_reader() -> None:
@@ -94,8 +94,7 @@ def test_a_stage_takes_only_what_it_reads() -> None:
         ({"q": True}, "q must be float, got True"),
         ({"q": 1.5}, "q must be between 0 and 1"),
         ({"max_tokens": 0}, "max_tokens must be positive"),
-        ({"columns": ["a"]}, "columns names two columns"),
-        ({"columns": ["a", "b"], "prompt_template": "{a}"}, "give one of them"),
+        ({"prompt_column": "a", "prompt_template": "{a}"}, "give one of them"),
         ({"protect": "("}, "not a regular expression"),
         ({"template_date": "yesterday"}, "YYYY-MM-DD"),
         ({"counterfactuals_per_sample": "some"}, "must be int | all, got 'some'"),

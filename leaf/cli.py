@@ -1,0 +1,153 @@
+"""The command line: `leaf demo | doctor | run | select | score | prune | distill | eval | report | export`.
+
+Only the standard library is imported until a command runs, so `leaf --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NoReturn, TypeVar
+
+from . import __version__
+from .config import STAGES, add_arguments, did_you_mean, from_arguments
+
+T = TypeVar("T")
+
+# command -> (help, the stages it runs)
+STAGE_COMMANDS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "run": ("all stages, from rows to a report; finished stages are skipped, killed ones go on", STAGES),
+    "select": ("read the rows and keep those worth pruning", ("select",)),
+    "score": ("gradient sensitivity of teacher and student, token by token", ("score",)),
+    "prune": ("delete the flagged spans, then verify what is left with the models", ("prune", "verify")),
+    "distill": ("train the student on originals and counterfactuals", ("distill",)),
+    "eval": ("accuracy, and attention on flagged tokens, before and after", ("eval",)),
+    "report": ("one HTML file, plots and CSV", ("report",)),
+}
+
+
+class Terminal:
+    """Messages and progress bars on stderr."""
+
+    def __init__(self) -> None:
+        from rich.console import Console
+
+        self.console = Console(stderr=True, highlight=False)
+
+    def say(self, message: str) -> None:
+        self.console.print(message, markup=False)
+
+    def track(self, items: Iterable[T], total: int, description: str) -> Iterator[T]:
+        from rich import progress
+
+        columns = (
+            progress.TextColumn("{task.description}"),
+            progress.BarColumn(),
+            progress.MofNCompleteColumn(),
+            progress.TimeRemainingColumn(elapsed_when_finished=True),
+        )
+        with progress.Progress(*columns, console=self.console) as bar:
+            yield from bar.track(items, total=total, description=description)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Returns:
+        0, or 1 when more rows were skipped than `--max-skip-fraction`, or 2 for bad options or input.
+    """
+    parser = _parser()
+    arguments, unknown = parser.parse_known_args(argv)
+    if unknown:
+        flag = unknown[0].split("=")[0]
+        arguments.parser.error(f"unknown option {flag}{did_you_mean(flag, arguments.parser.flags())}")
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    expected = () if arguments.debug else (ValueError, OSError, ImportError, ArithmeticError)
+    try:
+        return arguments.command(arguments)
+    except expected as error:
+        hint = ""
+        if isinstance(error, ImportError):
+            hint = " (`pip install 'leaf-kernels[distill]'` installs what the commands need)"
+        print(f"leaf {arguments.name}: {error}{hint}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(
+            f"leaf {arguments.name}: interrupted; the same command goes on from the last whole shard", file=sys.stderr
+        )
+        return 130
+
+
+class _Parser(argparse.ArgumentParser):
+    """An error is one line; the usage of a command with forty options would bury it."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message} (see `{self.prog} --help`)\n")
+
+    def flags(self) -> list[str]:
+        return list(self._option_string_actions)
+
+
+def _parser() -> _Parser:
+    parser = _Parser(prog="leaf", description="Find distracting tokens, delete them, distil.")
+    parser.add_argument("--version", action="version", version=f"leaf {__version__}")
+    commands = parser.add_subparsers(dest="name", metavar="COMMAND", required=True)
+
+    def command(name: str, help: str, function: Any) -> _Parser:
+        sub = commands.add_parser(name, help=help, description=help[0].upper() + help[1:] + ".", allow_abbrev=False)
+        sub.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        sub.set_defaults(command=function, parser=sub)
+        return sub
+
+    demo = command("demo", "the whole method on a built-in task, on a CPU, without downloads", _demo)
+    demo.add_argument(
+        "--preset", choices=("fast", "full"), default="fast", help="one seed and four arms, or everything"
+    )
+    demo.add_argument("--output-dir", default="out", help="where results, report and models go (default: out)")
+    add_arguments(
+        command(
+            "doctor", "check this machine and, when given, a pair of models and rows, before hours are spent", _doctor
+        ),
+        ("doctor",),
+    )
+    for name, (help, stages) in STAGE_COMMANDS.items():
+        add_arguments(command(name, help, _stages), stages)
+    export = command("export", "write the tables in other formats", _export)
+    export.add_argument("--output", default="leaf-run", help="the run directory (default: leaf-run)")
+    export.add_argument("--format", choices=("released",), default="released", help="the authors' released files")
+    export.add_argument("--to", default=None, help="folder to write into (default: OUTPUT/export)")
+    return parser
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    from . import demo
+
+    demo.run(arguments.preset, arguments.output_dir)
+    return 0
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from . import doctor
+
+    return 0 if doctor.check(from_arguments(arguments), Console()) else 2
+
+
+def _stages(arguments: argparse.Namespace) -> int:
+    config = from_arguments(arguments)
+    from . import run
+
+    ui = Terminal() if os.environ.get("RANK", "0") == "0" else run.Silent()
+    return 0 if run.run_stages(config, STAGE_COMMANDS[arguments.name][1], ui) else 1
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    from . import run
+
+    for path in run.export(arguments.output, arguments.format, arguments.to):
+        print(path)
+    return 0

@@ -1,0 +1,141 @@
+"""`leaf doctor`: what this machine has, and whether a pair of models and its rows will work, before hours are spent."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import itertools
+import platform
+from collections import Counter
+from dataclasses import asdict
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table as Grid
+from rich.text import Text
+
+from .config import RunConfig
+
+PACKAGES = ("leaf-kernels", "torch", "triton", "transformers", "accelerate", "datasets", "flash-attn")
+FIRST_ROWS = 32
+
+
+def check(config: RunConfig, console: Console) -> bool:
+    """Prints the report: environment always, the pair when both models are given, the rows when data is given too.
+
+    Returns:
+        Whether nothing was found that will stop a run.
+    """
+    console.print(_environment())
+    problems = []
+    if config.teacher and config.student:
+        problems = _pair(config, console)
+        if config.data and not problems:
+            problems = _rows(config, console)
+    elif config.teacher or config.student or config.data:
+        console.print("Give --teacher and --student (and --data) to check a pair of models (and its rows).")
+    for problem in problems:
+        console.print(Text("✗ ", "red") + Text(problem))
+    return not problems
+
+
+def _environment() -> Grid:
+    import torch
+
+    grid = Grid("", "", title="environment", title_justify="left", show_header=False)
+    grid.add_row("python", f"{platform.python_version()} on {platform.platform()}")
+    for name in PACKAGES:
+        try:
+            version = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            version = "absent (optional)" if name == "flash-attn" else "absent"
+        grid.add_row(name, version)
+    grid.add_row("cpu", f"{torch.get_num_threads()} threads")
+    for n in range(torch.cuda.device_count()):
+        gpu = torch.cuda.get_device_properties(n)
+        grid.add_row(f"cuda:{n}", f"{gpu.name}, sm_{gpu.major}{gpu.minor}, {gpu.total_memory / 2**30:.0f} GiB")
+    if not torch.cuda.is_available():
+        grid.add_row("cuda", "none: everything runs on the CPU with the reference implementations")
+    return grid
+
+
+def _pair(config: RunConfig, console: Console) -> list[str]:
+    """Prints what the two models share; returns what makes them unusable together."""
+    from transformers import AutoConfig, AutoTokenizer
+
+    from leaf_kernels.integrations.transformers import check_model
+
+    names = {"teacher": str(config.teacher), "student": str(config.student)}
+    configs = {role: AutoConfig.from_pretrained(name) for role, name in names.items()}
+    tokenizers = {role: AutoTokenizer.from_pretrained(name) for role, name in names.items()}
+    problems: list[str] = []
+    grid = Grid("", "teacher", "student", title="pair", title_justify="left")
+
+    def row(label: str, values: list[Any]) -> None:
+        grid.add_row(label, *(Text(str(value)) for value in values))
+
+    row("model", list(names.values()))
+    row("architecture", [c.model_type for c in configs.values()])
+    row("columns of the head", [c.get_text_config().vocab_size for c in configs.values()])
+    row("tokens", [len(t) for t in tokenizers.values()])
+    row("end of sequence", [t.eos_token for t in tokenizers.values()])
+    row("chat template", ["yes" if t.chat_template else "none" for t in tokenizers.values()])
+    packing = []
+    for role, model_config in configs.items():
+        try:
+            check_model(model_config)
+            packing.append("yes")
+        except ValueError as error:
+            packing.append("no")
+            problems.append(f"{role}: {error}")
+    row("attention can be packed", packing)
+    if not all(t.is_fast for t in tokenizers.values()):
+        problems.append(
+            "a tokenizer is slow (no character offsets): convert it to a fast one, e.g. save tokenizer.json"
+        )
+    vocabularies = [t.get_vocab() for t in tokenizers.values()]
+    different = sorted(token for token, n in vocabularies[1].items() if vocabularies[0].get(token, n) != n)
+    if different:
+        problems.append(
+            f"the tokenizers give {len(different)} tokens different ids, first {different[0]!r}: choose a teacher with "
+            "the student's tokenizer"
+        )
+    if not tokenizers["student"].chat_template and not config.chat_template:
+        problems.append(
+            "the student's tokenizer has no chat template: give --chat-template FILE, or none for plain text"
+        )
+    if config.teacher == config.student:
+        problems.append("teacher and student are the same model: every score difference is 0 and nothing can be learnt")
+    console.print(grid)
+    return problems
+
+
+def _rows(config: RunConfig, console: Console) -> list[str]:
+    """Prints how the first rows are read and one sample, as the models see it."""
+    from .data import Sample
+    from .report import terminal_heatmap
+    from .run import make_encoder, read
+
+    rows = list(itertools.islice(read(config, config.data), FIRST_ROWS))
+    encoder = make_encoder(config)
+    encoded = [encoder.encode(row) if hasattr(row, "messages") else row for row in rows]
+    samples = [item for item in encoded if isinstance(item, Sample)]
+    skipped = Counter(item.reason for item in encoded if not isinstance(item, Sample))
+    prompt_tokens = sum(s.response_start for s in samples)
+    scored = sum(sum(s.scored) for s in samples)
+    grid = Grid("", "", title=f"first {len(rows)} rows", title_justify="left", show_header=False)
+    grid.add_row("usable", f"{len(samples)} of {len(rows)}")
+    for reason, count in skipped.items():
+        grid.add_row(f"skipped: {reason}", str(count))
+    if samples:
+        lengths = sorted(len(s.input_ids) for s in samples)
+        grid.add_row("tokens of a row", f"median {lengths[len(lengths) // 2]}, longest {lengths[-1]}")
+        grid.add_row("scorable share of the prompts", f"{scored / max(1, prompt_tokens):.0%}")
+    console.print(grid)
+    if not samples:
+        return ["none of the first rows can be used"]
+    if not scored:
+        return ["no prompt token can be scored: see --protect and --prompt-template"]
+    sample = samples[0]
+    console.print(f"sample {sample.id}: coloured = scored, dim = context, green = what is learnt", highlight=False)
+    console.print(terminal_heatmap(asdict(sample)) + Text(sample.text[sample.prompt_chars :], "green"))
+    return []

@@ -1,0 +1,3 @@
+"""The stages of a run over one directory."""
+
+from __future__ import annotations
