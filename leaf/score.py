@@ -21,6 +21,12 @@ logger = logging.getLogger(__name__)
 
 Loader = Callable[[], PreTrainedModel]
 
+# Of the scores table, after those that every row has
+_COLUMNS = (
+    *("text", "prompt_chars", "input_ids", "offsets", "response_start", "scored"),
+    *("teacher_norm", "student_norm", "score", "teacher_loss", "student_loss", "student_nll"),
+)
+
 
 class Sensitivity(NamedTuple):
     """One model on one sample."""
@@ -194,11 +200,7 @@ def score_row(sample: Sample, teacher: Sensitivity, student: Sensitivity) -> dic
 
 def skipped_row(skip: Skip) -> dict[str, Any]:
     """The row of the scores table that accounts for an input row which could not be used."""
-    empty = dict.fromkeys(
-        ("text", "prompt_chars", "input_ids", "offsets", "response_start", "scored", "teacher_norm", "student_norm")
-        + ("score", "teacher_loss", "student_loss", "student_nll")
-    )
-    return {**_identity(skip, "skipped", skip.reason), **empty}
+    return {**_identity(skip, "skipped", skip.reason), **dict.fromkeys(_COLUMNS)}
 
 
 def _identity(item: Sample | Skip, status: str, reason: str | None) -> dict[str, Any]:

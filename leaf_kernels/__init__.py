@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 from ._version import __version__
 
 if TYPE_CHECKING:
-    from .ops.attention_mass.api import attention_mass as attention_mass
     from .layout import SharedPrefixLayout as SharedPrefixLayout
+    from .ops.attention_mass.api import attention_mass as attention_mass
     from .ops.linear_kl.api import linear_cross_entropy as linear_cross_entropy
     from .ops.linear_kl.api import linear_kl as linear_kl
     from .ops.pruned_attention.api import pruned_attention as pruned_attention

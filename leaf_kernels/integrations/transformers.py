@@ -9,7 +9,7 @@
     hidden = model.model(**packed_inputs(layout, input_ids)).last_hidden_state[0]  # [N, H]
     hidden[layout.member_rows(1)]  # every position of the counterfactual, as if it had been run alone
 
-The layout travels as a keyword argument of the model's forward to every attention layer, through activation checkpointing too.
+The layout travels as a keyword argument of the model's forward to every attention layer, also under checkpointing.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ def leaf_attention(
         raise ValueError("attn_implementation='leaf': attention_mask must be None, the layout describes the pack")
     if dropout:
         raise ValueError(
-            f"attn_implementation='leaf': attention dropout must be 0, got {dropout}; set the config's attention dropout to 0"
+            f"attn_implementation='leaf': attention dropout must be 0, got {dropout}; set it to 0 in the config"
         )
     if query.shape[0] != 1:
         raise ValueError(f"attn_implementation='leaf': a pack is a batch of 1, got a batch of {query.shape[0]}")

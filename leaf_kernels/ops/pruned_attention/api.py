@@ -40,7 +40,8 @@ def pruned_attention(
         q: [N, Hq, D]. k, v: [N, Hk, D], Hq a multiple of Hk (grouped-query attention, any ratio). Any strides. All three in
             one floating-point dtype, or any under autocast.
         layout: the pack; `layout.num_tokens == N`.
-        keep: [N] bool; False removes a token as a *key* from every query, itself included. It still queries.
+        keep: [N] bool; False removes a token as a *key* from every query, itself included. It still queries. What k and v
+            hold there does not matter, not even NaN.
         scale: factor on q·k; default 1/sqrt(D).
         window: sliding window in positions of the unpacked sequences; None = unlimited.
         softcap: tanh cap on the scaled logits; None = none.
@@ -91,6 +92,8 @@ def pruned_attention(
     q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     scale = 1 / math.sqrt(max(D, 1)) if scale is None else scale
 
+    if keep is not None:  # a removed token is gone: whatever it holds, 0 · NaN included, reaches nobody
+        k, v = (x.masked_fill(~keep[:, None, None], 0) for x in (k, v))
     resolve_impl(_OP, impl, q.device)  # refuses what cannot be served; the Triton kernels are still to come
     if Impl(impl) is Impl.AUTO and softcap is None and sinks is None and not return_lse:
         return pruned_attention_sdpa(q, k, v, layout, keep, scale, window)

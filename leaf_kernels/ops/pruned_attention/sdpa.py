@@ -18,7 +18,7 @@ _AREA = 1 << 22  # and queries x keys of a bucket stay under this, so that its m
 
 
 class _Bucket(NamedTuple):
-    query_rows: torch.Tensor  # [B, Lq] packed rows, padded with row 0
+    query_rows: torch.Tensor  # [B, Lq] packed rows; padding repeats the segment's last
     key_rows: torch.Tensor  # [B, Lk]
     real: torch.Tensor  # [B, Lq] bool: not padding
     query_positions: torch.Tensor | None  # [B, Lq] in the unpacked sequence; None: no prefix, plain causal

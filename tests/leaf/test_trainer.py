@@ -1,0 +1,360 @@
+"""LeafTrainer: E7 exactly, however a step is cut into micro-batches, packs and ranks."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from distributed import on_ranks
+from torch.utils.data import IterableDataset
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, TrainerCallback
+
+from leaf.objective import head_of
+from leaf.trainer import LeafArguments, LeafTrainer, NonFiniteLoss
+
+VOCAB = 24
+
+
+def model(seed: int, hidden: int = 16, vocab: int = VOCAB) -> PreTrainedModel:
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=vocab,
+        hidden_size=hidden,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        initializer_range=0.4,  # peaked outputs: a wrong weight shows
+    )
+    return AutoModelForCausalLM.from_config(config, attn_implementation="eager").double()
+
+
+def groups(n: int = 7) -> list[dict[str, Any]]:
+    """Of different sizes, with 0 to 3 counterfactuals; the third and fourth have none (a whole rank's share below)."""
+    g = torch.Generator().manual_seed(0)
+    result = []
+    for i in range(n):
+        prompt = torch.randint(1, VOCAB, (6 + i % 4,), generator=g).tolist()
+        response = torch.randint(1, VOCAB, (2 + i % 3,), generator=g).tolist()
+        counterfactuals = [
+            {"input_ids": prompt[:c] + prompt[c + 2 :] + response, "response_start": len(prompt) - 2}
+            for c in range(1, 1 + (0 if i in (2, 3) else 1 + i % 3))
+        ]
+        original = {"input_ids": prompt + response, "response_start": len(prompt)}
+        result.append({"id": str(i), "original": original, "counterfactuals": counterfactuals})
+    return result
+
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        return iter(groups())
+
+
+class Gradients(TrainerCallback):
+    """What the optimizer would see at every step."""
+
+    def __init__(self):
+        self.steps = []
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        self.steps.append({name.removeprefix("module."): p.grad.clone() for name, p in model.named_parameters()})
+
+
+def arguments(output: Path | str, **overrides: Any) -> LeafArguments:
+    options = {
+        "output_dir": str(output),
+        "use_cpu": True,
+        "per_device_train_batch_size": 4,
+        "num_train_epochs": 1,
+        "learning_rate": 0.0,
+        "max_grad_norm": 0.0,
+        "train_sampling_strategy": "sequential",
+        "counterfactuals_per_sample": "all",
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "ddp_find_unused_parameters": False,
+        **overrides,
+    }
+    return LeafArguments(**options)
+
+
+def train(output: Path | str, data: Any = None, **overrides: Any) -> tuple[list[float], list[dict[str, torch.Tensor]]]:
+    """Losses and gradients of every step at learning rate 0."""
+    gradients = Gradients()
+    trainer = LeafTrainer(
+        model(0), model(1, hidden=32), arguments(output, **overrides), data or groups(), callbacks=[gradients]
+    )
+    trainer.train()
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry], gradients.steps
+
+
+def plain_e7(batch: list[dict[str, Any]], lambda_: float = 0.5) -> tuple[float, dict[str, torch.Tensor]]:
+    """E7 from its definition: one forward per sequence, full logits, no packs."""
+    student, teacher = model(0), model(1, hidden=32)
+
+    def kl(member: dict[str, Any]) -> torch.Tensor:
+        ids = torch.tensor(member["input_ids"])
+        rows = slice(member["response_start"] - 1, len(ids) - 1)
+        p, q = (F.log_softmax(m(input_ids=ids[None]).logits[0, rows], -1) for m in (teacher, student))
+        return F.kl_div(q, p.detach(), reduction="none", log_target=True).sum(-1)
+
+    original = torch.cat([kl(g["original"]) for g in batch])
+    counterfactual = [kl(c) / len(g["counterfactuals"]) for g in batch for c in g["counterfactuals"]]
+    n_c = sum(
+        (len(g["original"]["input_ids"]) - g["original"]["response_start"]) for g in batch if g["counterfactuals"]
+    )
+    loss = original.mean() if not counterfactual else lambda_ * original.mean()
+    if counterfactual:
+        loss = loss + (1 - lambda_) * torch.cat(counterfactual).sum() / n_c
+    names, params = zip(*student.named_parameters())
+    return loss.item(), dict(zip(names, torch.autograd.grad(loss, params)))
+
+
+def assert_same(actual, expected):
+    # transformers' attention softmax is fp32 even for fp64 models
+    torch.testing.assert_close(torch.tensor(actual[0]), torch.tensor(expected[0]), rtol=1e-5, atol=1e-7)
+    assert len(actual[1]) == len(expected[1])
+    for a, b in zip(actual[1], expected[1]):
+        assert a.keys() == b.keys()
+        for name in a:
+            torch.testing.assert_close(a[name], b[name], rtol=1e-5, atol=1e-8, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.fixture(scope="module")
+def whole_steps(tmp_path_factory):
+    """Two steps, of 4 and of 3 groups, each in one pack on one rank."""
+    return train(tmp_path_factory.mktemp("whole"))
+
+
+def test_equals_the_definition(whole_steps):
+    expected = [plain_e7(groups()[:4]), plain_e7(groups()[4:])]
+    assert_same(whole_steps, ([e[0] for e in expected], [e[1] for e in expected]))
+
+
+CUTS = {
+    "accumulation": {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2},
+    "one row at a time": {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4, "max_tokens": 1},
+    "small packs": {"max_tokens": 30},
+    "checkpointing": {"gradient_checkpointing": True},
+}
+
+
+@pytest.mark.parametrize("cut", CUTS)
+def test_cut_of_a_step_changes_nothing(cut: str, whole_steps, tmp_path):
+    assert_same(train(tmp_path, **CUTS[cut]), whole_steps)
+
+
+def test_stream_equals_sequence(whole_steps, tmp_path):
+    assert_same(train(tmp_path, Stream(), max_steps=2), whole_steps)
+
+
+def _on_two_ranks(output: str) -> dict[str, Any]:
+    torch.set_num_threads(1)
+    cases = {
+        "batch": train(output, per_device_train_batch_size=2),
+        "accumulation": train(output, per_device_train_batch_size=1, gradient_accumulation_steps=2),
+        "packs": train(output, per_device_train_batch_size=2, max_tokens=20),
+        "stream": train(output, Stream(), per_device_train_batch_size=2, max_steps=2),
+    }
+    trainer = LeafTrainer(
+        model(0), model(1, hidden=32), arguments(output, per_device_eval_batch_size=2), eval_dataset=groups()
+    )
+    trained = LeafTrainer(
+        model(0), model(1, hidden=32), arguments(output, learning_rate=1e-2, num_train_epochs=3), groups(5)
+    )
+    trained.train()
+    weights = {name: p.detach().clone() for name, p in trained.model.named_parameters()}
+    return {"cases": cases, "evaluate": trainer.evaluate(), "weights": weights}
+
+
+def test_ranks_change_nothing(whole_steps, tmp_path):
+    """Two gloo ranks. With 4 groups a step the second rank's first share has no counterfactual; of the last 3 it has one."""
+    alone = LeafTrainer(model(0), model(1, hidden=32), arguments(tmp_path), eval_dataset=groups()).evaluate()
+    first, second = on_ranks(_on_two_ranks, str(tmp_path))
+    for result in (first, second):
+        for case in result["cases"].values():
+            assert_same((case[0] or whole_steps[0], case[1]), whole_steps)
+        for name in ("eval_loss", "eval_kl_original", "eval_kl_counterfactual"):
+            assert result["evaluate"][name] == pytest.approx(alone[name], rel=1e-6)
+    for name, weight in first["weights"].items():
+        assert torch.equal(weight, second["weights"][name]), f"{name} differs between the ranks"
+    assert not torch.equal(first["weights"]["lm_head.weight"], model(0).lm_head.weight), "the head was not trained"
+
+
+def test_evaluate_is_a_token_mean_whatever_the_packs(tmp_path):
+    results = [
+        LeafTrainer(
+            model(0),
+            model(1, hidden=32),
+            arguments(tmp_path, max_tokens=max_tokens, per_device_eval_batch_size=batch, lambda_=lambda_),
+            eval_dataset=groups(),
+        ).evaluate()
+        for max_tokens, batch, lambda_ in ((1000, 8, 0.5), (1, 1, 0.5), (30, 3, 0.5), (1000, 8, 1.0))
+    ]
+    expected, _ = plain_e7(groups())
+    for result in results[:3]:
+        assert result["eval_loss"] == pytest.approx(expected, rel=1e-5)
+    for result in results[1:]:
+        assert result["eval_kl_original"] == pytest.approx(results[0]["eval_kl_original"], rel=1e-6)
+        assert result["eval_kl_counterfactual"] == pytest.approx(results[0]["eval_kl_counterfactual"], rel=1e-6)
+    assert results[3]["eval_loss"] == pytest.approx(results[3]["eval_kl_original"], rel=1e-6)
+    assert results[0]["eval_kl_counterfactual"] > 0
+
+
+def test_concat_is_one_mean_over_all_response_tokens(tmp_path):
+    batch = groups()[:4]
+    losses, _ = train(tmp_path, batch, loss_mode="concat")
+    student, teacher = model(0), model(1, hidden=32)
+    total, tokens = 0.0, 0
+    for member in (m for g in batch for m in (g["original"], *g["counterfactuals"])):
+        ids = torch.tensor(member["input_ids"])
+        rows = slice(member["response_start"] - 1, len(ids) - 1)
+        p, q = (F.log_softmax(m(input_ids=ids[None]).logits[0, rows], -1) for m in (teacher, student))
+        total += F.kl_div(q, p, reduction="sum", log_target=True).item()
+        tokens += len(ids) - member["response_start"]
+    assert losses[0] == pytest.approx(total / tokens, rel=1e-5)
+
+
+def test_cross_entropy_on_shared_rows_keeps_every_label(tmp_path):
+    """The counterfactual's first target is predicted by a row of the original's prompt, under another label."""
+    original = {"input_ids": [3, 4, 5, 6, 7], "response_start": 2}
+    counterfactual = {"input_ids": [3, 4, 9, 7], "response_start": 2}  # shares 3 4: row 1 predicts 5 and 9
+    group = [{"id": "0", "original": original, "counterfactuals": [counterfactual]}]
+    without, _ = train(tmp_path, group)
+    with_ce, _ = train(tmp_path, group, ce_weight=2.0)
+    expected = 0.0
+    for member in (original, counterfactual):
+        ids = torch.tensor(member["input_ids"])
+        logits = model(0)(input_ids=ids[None]).logits[0, 1:-1]
+        expected += 0.5 * F.cross_entropy(logits, ids[2:]).item()
+    assert with_ce[0] - without[0] == pytest.approx(2.0 * expected, rel=1e-5)
+
+
+def test_counterfactuals_cycle_over_epochs(tmp_path):
+    """One a step: over three epochs each of a row's three counterfactuals is used once."""
+    group = next(g for g in groups() if len(g["counterfactuals"]) == 3)
+    losses, _ = train(tmp_path, [group], counterfactuals_per_sample="1", num_train_epochs=3)
+    expected = [plain_e7([{**group, "counterfactuals": [c]}])[0] for c in group["counterfactuals"]]
+    assert sorted(losses) == pytest.approx(sorted(expected), rel=1e-5)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_resume_equals_an_uninterrupted_run(stream: bool, tmp_path):
+    """Stopped in the middle of the second epoch (of the stream: of its pass)."""
+    options: dict[str, Any] = {
+        "learning_rate": 1e-2,
+        "per_device_train_batch_size": 2,
+        "train_sampling_strategy": "random",
+        "counterfactuals_per_sample": "1",
+        "save_strategy": "steps",
+        "save_steps": 1 if stream else 5,
+    }
+    options.update({"max_steps": 3} if stream else {"num_train_epochs": 2})
+    data = Stream() if stream else groups()
+
+    def trainer(folder: str) -> LeafTrainer:
+        return LeafTrainer(model(0), model(1, hidden=32), arguments(tmp_path / folder, **options), data)
+
+    whole = trainer("whole")
+    whole.train()
+    resumed = trainer("whole")
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{1 if stream else 5}"))
+    assert resumed.state.global_step == whole.state.global_step == (3 if stream else 8)
+    for (name, a), b in zip(whole.model.named_parameters(), resumed.model.parameters()):
+        assert torch.equal(a, b), name
+
+
+def test_best_checkpoint_and_plain_loading(tmp_path):
+    args = arguments(
+        tmp_path,
+        learning_rate=1e-2,
+        eval_strategy="steps",
+        eval_steps=1,
+        save_strategy="steps",
+        save_steps=1,
+        load_best_model_at_end=True,
+        max_steps=3,
+    )
+    student = model(0)
+    before = {k: v.shape for k, v in student.state_dict().items()}
+    trainer = LeafTrainer(student, model(1, hidden=32), args, groups(), groups())
+    trainer.train()
+    assert trainer.model is student
+    losses = {e["step"]: e["eval_loss"] for e in trainer.state.log_history if "eval_loss" in e}
+    best = min(losses, key=losses.get)
+    assert trainer.state.best_model_checkpoint.endswith(f"checkpoint-{best}")
+    loaded = AutoModelForCausalLM.from_pretrained(trainer.state.best_model_checkpoint)
+    assert {k: v.shape for k, v in loaded.state_dict().items()} == before
+    for name, value in loaded.state_dict().items():
+        assert torch.equal(value, student.state_dict()[name]), "the best checkpoint was not loaded back"
+    assert loaded(input_ids=torch.tensor([[1, 2]])).logits.isfinite().all()
+
+
+def test_padded_vocabularies_share_their_first_columns(tmp_path):
+    trainer = LeafTrainer(model(0), model(1, vocab=VOCAB + 8), arguments(tmp_path), groups())
+    assert trainer.vocab_size == VOCAB
+    assert math.isfinite(trainer.train().training_loss)
+
+
+def test_nan_stops_before_the_update(tmp_path):
+    student = model(0)
+    with torch.no_grad():
+        student.model.layers[1].mlp.down_proj.weight[0, 0] = math.nan
+    head = student.lm_head.weight.detach().clone()
+    trainer = LeafTrainer(student, model(1, hidden=32), arguments(tmp_path, learning_rate=1e-2), groups())
+    with pytest.raises(NonFiniteLoss, match="loss is nan at step 0"):
+        trainer.train()
+    assert torch.equal(student.lm_head.weight, head)
+
+
+def test_a_head_that_is_not_plain_is_refused(tmp_path):
+    student = model(0)
+    student.lm_head.register_forward_hook(lambda *_: None)
+    with pytest.raises(ValueError, match=r"plain torch\.nn\.Linear without hooks"):
+        LeafTrainer(student, model(1), arguments(tmp_path), groups())
+
+
+def test_lora_on_the_body_trains_and_on_the_head_is_refused(tmp_path):
+    peft = pytest.importorskip("peft")
+    lora = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"])
+    student = peft.get_peft_model(model(0), lora)
+    LeafTrainer(student, model(1, hidden=32), arguments(tmp_path, learning_rate=1e-2), groups()).train()
+    trained = [p for n, p in student.named_parameters() if "lora_B" in n]
+    assert trained
+    assert all(p.abs().sum() > 0 for p in trained)
+    on_head = peft.get_peft_model(model(0), peft.LoraConfig(r=2, target_modules=["q_proj", "lm_head"]))
+    with pytest.raises(ValueError, match="leave lm_head out of target_modules"):
+        LeafTrainer(on_head, model(1), arguments(tmp_path), groups())
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"final_logit_softcapping": 3.0}, ("softcap", 3.0)),
+        ({"logit_scale": 0.25}, ("logit_scale", 0.25)),
+        ({"logits_scaling": 8.0}, ("logit_scale", 0.125)),
+    ],
+)
+def test_head_post_processing_is_honoured(changes, named):
+    student = model(0)
+    for name, value in changes.items():
+        setattr(student.config, name, value)
+    assert getattr(head_of(student), named[0]) == named[1]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"lambda_": 1.5}, "lambda_ must lie in"),
+        ({"loss_mode": "sum"}, "loss_mode must be 'pair' or 'concat'"),
+        ({"counterfactuals_per_sample": "many"}, "must be a number or 'all'"),
+    ],
+)
+def test_bad_arguments_are_named(overrides, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        arguments(tmp_path, **overrides)
