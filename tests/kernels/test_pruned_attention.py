@@ -23,7 +23,7 @@ def layouts() -> dict[str, SharedPrefixLayout]:
 
     root, other = ids(13), ids(5)
     shared, _ = SharedPrefixLayout.from_groups(
-        [[root, root[:6] + root[9:], root[:12], root, root[2:]], [[], [3]], [other, other[:2] + [7]]]
+        [[root, root[:6] + root[9:], root[:12], root, root[2:]], [[], [3]], [other, [*other[:2], 7]]]
     )
     tail = SharedPrefixLayout(shared.segment_starts, shared.prefix_starts, shared.prefix_lens, shared.num_tokens + 3)
     return {"shared": shared, "tail": tail, "plain": SharedPrefixLayout.from_lengths([0, 5, 1, 0, 17, 2, 0])}

@@ -42,7 +42,14 @@ CONFIGS = {
     "qwen2": Qwen2Config(**COMMON, use_sliding_window=True, sliding_window=6, max_window_layers=1),
     "gemma2": Gemma2Config(**COMMON, head_dim=8, sliding_window=6, attn_logit_softcapping=2.0, query_pre_attn_scalar=8),
     "gpt2": GPT2Config(
-        vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=4, n_positions=64, attn_pdrop=0.0, resid_pdrop=0.0, embd_pdrop=0.0
+        vocab_size=VOCAB,
+        n_embd=32,
+        n_layer=2,
+        n_head=4,
+        n_positions=64,
+        attn_pdrop=0.0,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
     ),
     "gpt_oss": GptOssConfig(
         **COMMON,
@@ -99,7 +106,9 @@ def test_pack_equals_separate_sequences(name: str, checkpointing: bool):
     for ids in members:
         hidden = separate.base_model(input_ids=ids[None], use_cache=False).last_hidden_state[0]
         expected_hidden.append(hidden)
-        expected_losses.append(loss_of(separate, separate(input_ids=ids[None], use_cache=False).logits[0].double(), ids))
+        expected_losses.append(
+            loss_of(separate, separate(input_ids=ids[None], use_cache=False).logits[0].double(), ids)
+        )
 
     packed = build(name, "leaf")
     if checkpointing:
@@ -118,7 +127,9 @@ def test_pack_equals_separate_sequences(name: str, checkpointing: bool):
     actual = gradients(packed, sum(w * x for w, x in zip(weights, losses)))
     expected = gradients(separate, sum(w * x for w, x in zip(weights, expected_losses)))
     for parameter, gradient in expected.items():
-        torch.testing.assert_close(actual[parameter], gradient, rtol=1e-5, atol=1e-5, msg=lambda m, p=parameter: f"{p}: {m}")
+        torch.testing.assert_close(
+            actual[parameter], gradient, rtol=1e-5, atol=1e-5, msg=lambda m, p=parameter: f"{p}: {m}"
+        )
 
 
 @pytest.mark.parametrize(
@@ -155,7 +166,7 @@ def test_misuse_raises_with_the_remedy():
         model(**inputs, attention_mask=torch.ones(1, 3))
     with pytest.raises(ValueError, match="batch of 1"):
         model(**{**inputs, "input_ids": ids.expand(2, 3)})
-    with pytest.raises(ValueError, match="use_cache=False|set_attn_implementation"):
+    with pytest.raises(ValueError, match=r"use_cache=False|set_attn_implementation"):
         model.generate(ids[None], max_new_tokens=2)
     model.config.attention_dropout = 0.1
     for layer in model.model.layers:

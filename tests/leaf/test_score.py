@@ -1,0 +1,165 @@
+"""Scoring equals a plain one-row implementation, and holds what it promises about gradients, memory and skips."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import tiny
+import torch
+import torch.nn.functional as F
+
+from leaf.data import Sample, Skip
+from leaf.score import score_samples, sensitivities
+
+ARCHITECTURES = ("llama", "gemma2", "gpt2")
+
+
+def sample(i: int, prompt: int, response: int) -> Sample:
+    g = torch.Generator().manual_seed(i)
+    n = prompt + response
+    scored = [0 < j < prompt - 1 for j in range(n)]
+    return Sample(
+        id=str(i),
+        level="instruction",
+        cut=0,
+        text="x" * n,
+        prompt_chars=prompt,
+        input_ids=torch.randint(4, 200, (n,), generator=g).tolist(),
+        offsets=[(j, j + 1) for j in range(n)],
+        response_start=prompt,
+        scored=scored,
+    )
+
+
+SAMPLES = [sample(0, 9, 3), sample(1, 4, 1), sample(2, 14, 5), sample(3, 6, 6)]
+
+
+def models(arch: str):
+    tokenizer = tiny.tokenizer()
+    make = lambda seed, hidden: tiny.model(tokenizer, arch=arch, seed=seed, hidden=hidden).double()  # noqa: E731
+    return lambda: make(0, 32), lambda: make(1, 16)
+
+
+def plain(model, s: Sample):
+    """One row, full logits, the gradient read from the embedding layer's output."""
+    caught = []
+
+    def catch(module, args, output):
+        output.retain_grad()
+        caught.append(output)
+
+    handle = model.get_input_embeddings().register_forward_hook(catch)
+    ids = torch.tensor(s.input_ids)
+    logits = model(input_ids=ids[None], use_cache=False).logits[0]
+    handle.remove()
+    loss = F.cross_entropy(logits[s.response_start - 1 : -1], ids[s.response_start :])
+    loss.backward()
+    nll = F.cross_entropy(logits[:-1], ids[1:], reduction="none").detach()
+    return caught[0].grad[0].norm(dim=-1), loss.item(), nll
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("max_tokens", [1, 20, 1000])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_equals_a_plain_implementation(arch: str, max_tokens: int, checkpointing: bool):
+    teacher, student = models(arch)
+    rows = list(
+        score_samples(
+            SAMPLES,
+            teacher,
+            student,
+            max_tokens=max_tokens,
+            perplexity=True,
+            activation_checkpointing=checkpointing,
+        )
+    )
+    assert [row["id"] for row in rows] == ["0", "1", "2", "3"]
+    for s, row in zip(SAMPLES, rows):
+        scored = torch.tensor(s.scored)
+        normalised = []
+        for name, load in (("teacher", teacher), ("student", student)):
+            norm, loss, nll = plain(load(), s)
+            mine = torch.tensor([math.nan if x is None else x for x in row[f"{name}_norm"]], dtype=torch.float64)
+            assert torch.equal(mine.isnan(), ~scored)
+            torch.testing.assert_close(mine[scored], norm[scored], rtol=1e-5, atol=1e-9)
+            assert row[f"{name}_loss"] == pytest.approx(loss, rel=1e-5)
+            norm = norm[scored]
+            normalised.append((norm - norm.min()) / (norm.max() - norm.min()))
+        expected_nll = torch.cat([torch.zeros(1), nll])[scored]
+        actual_nll = torch.tensor([x for x in row["student_nll"] if x is not None], dtype=torch.float64)
+        torch.testing.assert_close(actual_nll, expected_nll.double(), rtol=1e-4, atol=1e-5)
+        if scored.sum() > 2:
+            difference = normalised[0] - normalised[1]
+            expected = (difference - difference.min()) / (difference.max() - difference.min())
+            actual = torch.tensor([x for x in row["score"] if x is not None], dtype=torch.float64)
+            torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_no_parameter_ever_has_a_gradient_and_dropout_is_off():
+    tokenizer = tiny.tokenizer()
+    model = tiny.model(tokenizer, attention_dropout=0.5).train()
+    first = list(sensitivities(model, SAMPLES, max_tokens=64))
+    assert all(p.grad is None and not p.requires_grad for p in model.parameters())
+    again = list(sensitivities(model, SAMPLES, max_tokens=64))
+    for a, b in zip(first, again):
+        assert torch.equal(a.norm, b.norm)
+
+
+def test_one_model_is_resident_at_a_time():
+    alive = []
+
+    def loader(seed: int):
+        def load():
+            assert not any(ref() is not None for ref in alive), "the other model is still in memory"
+            import weakref
+
+            model = tiny.model(tiny.tokenizer(), seed=seed)
+            alive.append(weakref.ref(model))
+            return model
+
+        return load
+
+    assert len(list(score_samples(SAMPLES, loader(0), loader(1), max_tokens=64))) == len(SAMPLES)
+    assert len(alive) == 2
+
+
+def test_no_logits_are_held():
+    """Beyond a chunk of the response rows: no allocation of tokens × vocabulary."""
+    from leaf_kernels.testing import record_allocations
+
+    tokenizer = tiny.tokenizer()
+    model = tiny.model(tokenizer, hidden=16, vocab_size=5000)
+    long = sample(5, 200, 4)
+    with record_allocations() as sizes:
+        list(sensitivities(model, [long], max_tokens=1000, activation_checkpointing=False))
+    weight = 5000 * 16
+    assert max(sizes) <= weight
+    assert sum(s >= 5000 * 100 for s in sizes) == 0
+
+
+def test_skips_stay_in_order_and_non_finite_is_a_reason():
+    teacher, student = models("llama")
+
+    def broken():
+        model = student()
+        with torch.no_grad():
+            model.get_input_embeddings().weight[SAMPLES[2].input_ids[1]] = math.nan
+        return model
+
+    items = [SAMPLES[0], Skip("a", "too_long", "9 tokens"), SAMPLES[2]]
+    rows = list(score_samples(items, teacher, broken, max_tokens=64))
+    assert [(r["id"], r["status"], r["reason"]) for r in rows] == [
+        ("0", "ok", None),
+        ("a", "skipped", "too_long"),
+        ("2", "skipped", "non_finite"),
+    ]
+    assert set(rows[0]) == set(rows[1]), "every row has every column"
+    assert rows[1]["score"] is None
+
+
+def test_progress_counts_every_sample_once_per_model():
+    seen = []
+    teacher, student = models("llama")
+    list(score_samples(SAMPLES, teacher, student, max_tokens=16, progress=seen.append))
+    assert sum(seen) == 2 * len(SAMPLES)
