@@ -116,13 +116,13 @@ def plain_e7(batch: list[dict[str, Any]], lambda_: float = 0.5) -> tuple[float, 
 
 
 def assert_same(actual, expected):
-    # transformers' attention softmax is fp32 even for fp64 models
+    # transformers computes RMSNorm and softmax in fp32 even in fp64 models
     torch.testing.assert_close(torch.tensor(actual[0]), torch.tensor(expected[0]), rtol=1e-5, atol=1e-7)
     assert len(actual[1]) == len(expected[1])
     for a, b in zip(actual[1], expected[1]):
         assert a.keys() == b.keys()
         for name in a:
-            torch.testing.assert_close(a[name], b[name], rtol=1e-5, atol=1e-8, msg=lambda m, n=name: f"{n}: {m}")
+            torch.testing.assert_close(a[name], b[name], rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
 
 
 @pytest.fixture(scope="module")
