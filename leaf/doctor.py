@@ -64,6 +64,10 @@ def _pair(config: RunConfig, console: Console) -> list[str]:
 
     from leaf_kernels.integrations.transformers import check_model
 
+    from .data import check_pair
+    from .run import make_encoder
+    from .tables import model_key
+
     names = {"teacher": str(config.teacher), "student": str(config.student)}
     configs = {role: AutoConfig.from_pretrained(name) for role, name in names.items()}
     tokenizers = {role: AutoTokenizer.from_pretrained(name) for role, name in names.items()}
@@ -88,22 +92,15 @@ def _pair(config: RunConfig, console: Console) -> list[str]:
             packing.append("no")
             problems.append(f"{role}: {error}")
     row("attention can be packed", packing)
-    if not all(t.is_fast for t in tokenizers.values()):
-        problems.append(
-            "a tokenizer is slow (no character offsets): convert it to a fast one, e.g. save tokenizer.json"
-        )
-    vocabularies = [t.get_vocab() for t in tokenizers.values()]
-    different = sorted(token for token, n in vocabularies[1].items() if vocabularies[0].get(token, n) != n)
-    if different:
-        problems.append(
-            f"the tokenizers give {len(different)} tokens different ids, first {different[0]!r}: choose a teacher with "
-            "the student's tokenizer"
-        )
-    if not tokenizers["student"].chat_template and not config.chat_template:
-        problems.append(
-            "the student's tokenizer has no chat template: give --chat-template FILE, or none for plain text"
-        )
-    if config.teacher == config.student:
+    try:
+        grid.add_row("tokens with equal ids", Text(str(check_pair(tokenizers["student"], tokenizers["teacher"]))), "")
+    except ValueError as error:
+        problems.append(str(error))
+    try:
+        make_encoder(config)
+    except ValueError as error:  # slow tokenizer, no chat template
+        problems.append(f"student: {error}")
+    if model_key(names["teacher"]) == model_key(names["student"]):
         problems.append("teacher and student are the same model: every score difference is 0 and nothing can be learnt")
     console.print(grid)
     return problems
@@ -111,13 +108,13 @@ def _pair(config: RunConfig, console: Console) -> list[str]:
 
 def _rows(config: RunConfig, console: Console) -> list[str]:
     """Prints how the first rows are read and one sample, as the models see it."""
-    from .data import Sample
+    from .data import Row, Sample
     from .report import terminal_heatmap
     from .run import make_encoder, read
 
     rows = list(itertools.islice(read(config, config.data), FIRST_ROWS))
     encoder = make_encoder(config)
-    encoded = [encoder.encode(row) if hasattr(row, "messages") else row for row in rows]
+    encoded = [unit for row in rows for unit in (encoder.encode(row) if isinstance(row, Row) else [row])]
     samples = [item for item in encoded if isinstance(item, Sample)]
     skipped = Counter(item.reason for item in encoded if not isinstance(item, Sample))
     prompt_tokens = sum(s.response_start for s in samples)
@@ -133,8 +130,6 @@ def _rows(config: RunConfig, console: Console) -> list[str]:
     console.print(grid)
     if not samples:
         return ["none of the first rows can be used"]
-    if not scored:
-        return ["no prompt token can be scored: see --protect and --prompt-template"]
     sample = samples[0]
     console.print(f"sample {sample.id}: coloured = scored, dim = context, green = what is learnt", highlight=False)
     console.print(terminal_heatmap(asdict(sample)) + Text(sample.text[sample.prompt_chars :], "green"))

@@ -1,0 +1,70 @@
+"""`leaf doctor`: what it shows, and what it refuses."""
+
+from __future__ import annotations
+
+import io
+import json
+import pathlib
+from typing import Any
+
+import pytest
+import tiny
+from rich.console import Console
+
+from leaf import doctor
+from leaf.config import RunConfig
+
+
+def check(**options: Any) -> tuple[bool, str]:
+    console = Console(file=io.StringIO(), width=200)
+    ok = doctor.check(RunConfig.from_mapping(options), console)
+    return ok, console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def save(folder: pathlib.Path, *, seed: int, tokenizer: Any = None, **options: Any) -> str:
+    tokenizer = tokenizer or tiny.tokenizer()
+    tiny.model(tokenizer, seed=seed, **options).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def pair(tmp_path: pathlib.Path) -> dict[str, str]:
+    return {"teacher": save(tmp_path / "t", seed=1), "student": save(tmp_path / "s", seed=0)}
+
+
+def test_the_machine_alone() -> None:
+    ok, shown = check()
+    assert ok
+    for name in (*doctor.PACKAGES, "python", "cpu"):
+        assert name in shown
+
+
+def test_a_good_pair_and_its_rows(tmp_path: pathlib.Path, pair: dict[str, str]) -> None:
+    data = tmp_path / "rows.jsonl"
+    rows = [{"prompt": "Tom has 2 böoks 中.", "completion": "2 plus 7"}, {"prompt": "Eva", "completion": ""}]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    ok, shown = check(**pair, data=str(data))
+    assert ok, shown
+    assert "1 of 2" in shown
+    assert "skipped: empty_response" in shown
+    assert "böoks 中" in shown
+    assert "2 plus 7" in shown
+
+
+def test_what_is_refused(tmp_path: pathlib.Path, pair: dict[str, str]) -> None:
+    same = {**pair, "teacher": pair["student"]}
+    other = {
+        **pair,
+        "teacher": save(tmp_path / "o", seed=1, tokenizer=tiny.tokenizer(corpus=["x y z"], vocab_size=300)),
+    }
+    no_template = {**pair, "student": save(tmp_path / "n", seed=2, tokenizer=tiny.tokenizer(None))}
+    for options, message in (
+        (same, "teacher and student are the same model"),
+        (other, "different tokenizers"),
+        (no_template, "has no chat template: give --chat-template FILE"),
+    ):
+        ok, shown = check(**options)
+        assert not ok
+        assert message in shown
+    assert check(**no_template, chat_template="none")[0]
