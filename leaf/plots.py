@@ -1,0 +1,213 @@
+"""Figures of a run as matplotlib `(fig, ax)`, and what they and the report read from a row of the scores table."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+
+Span = tuple[int, int]
+
+# Okabe and Ito's colours, told apart with every common colour blindness.
+_BLUE, VERMILLION, _GREEN, _SKY = "#0072B2", "#D55E00", "#009E73", "#56B4E9"
+BINS = np.linspace(0.0, 1.0, 51)
+
+
+# --- what the tables say about one sample -----------------------------------------------------------------------------
+
+
+def token_texts(row: Mapping[str, Any]) -> list[str]:
+    """Text of every token of a scores row; joined they are `text` up to the end of the last token.
+
+    Characters between two tokens go to the later one, and a character that several tokens share (byte-level BPE) to the
+    first of them, so the others are empty.
+    """
+    texts, shown = [], 0
+    for start, end in row["offsets"]:
+        texts.append(row["text"][shown:end] if end > start else "")
+        shown = max(shown, end)
+    return texts
+
+
+def deleted_tokens(row: Mapping[str, Any], removed: Iterable[Span]) -> list[int]:
+    """Indices of the prompt tokens of `row` that overlap a removed character range."""
+    prompt, spans = row["offsets"][: row["response_start"]], list(removed)
+    return [i for i, (start, end) in enumerate(prompt) if any(start < b and a < end for a, b in spans)]
+
+
+def finite(values: Sequence[float | None]) -> np.ndarray:
+    """float64 copy with null and infinite entries as NaN."""
+    array = np.array(values, dtype=float)
+    return np.where(np.isfinite(array), array, np.nan)
+
+
+def prompt_values(row: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """The scored quantities of the prompt tokens, NaN where a token is not scored; E2 gives the normalised norms."""
+    n = row["response_start"]
+    score = finite(row["score"][:n])
+    values = {"score": score}
+    for model in ("teacher", "student"):
+        norm = np.where(np.isnan(score), np.nan, finite(row[f"{model}_norm"][:n]))
+        low, high = (np.nanmin(norm), np.nanmax(norm)) if np.isfinite(norm).any() else (0.0, 0.0)
+        values[f"{model}_norm"] = norm
+        values[model] = (norm - low) / (high - low) if high > low else norm - low
+    return values
+
+
+# --- figures ----------------------------------------------------------------------------------------------------------
+
+
+def _axes(width: float, height: float) -> tuple[Figure, Any]:
+    """A figure of its own: pyplot would keep it in global state."""
+    fig = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(fig)
+    ax = fig.subplots()
+    ax.spines[["top", "right"]].set_visible(False)
+    return fig, ax
+
+
+def listed(value: Any) -> list[float]:
+    """A number or a list of numbers, one per seed or sample, without the missing ones."""
+    values = value if isinstance(value, (list, tuple)) else [value]
+    return [float(v) for v in values if isinstance(v, (int, float)) and math.isfinite(v)]
+
+
+def mean_sd(values: Sequence[float]) -> tuple[float, float]:
+    return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
+
+
+def _bars(groups: Mapping[str, Mapping[str, Any]], xlabel: str) -> tuple[Figure, Any]:
+    """Horizontal means with one standard deviation and every single value, one row per group, one colour per series."""
+    series = list(dict.fromkeys(name for group in groups.values() for name in group))
+    colours = [_BLUE, VERMILLION, _GREEN, _SKY, "#CC79A7", "#E69F00"]
+    fig, ax = _axes(6.4, 1.0 + 0.13 * len(groups) * (len(series) + 1))
+    for s, name in enumerate(series):
+        colour = colours[s % len(colours)]
+        for g, group in enumerate(groups.values()):
+            values, y = listed(group.get(name)), g + 0.8 * ((s + 0.5) / len(series) - 0.5)
+            if not values:
+                continue
+            mean, sd = mean_sd(values)
+            label = name if name not in ax.get_legend_handles_labels()[1] else None
+            ax.barh(y, mean, 0.8 / len(series), color=colour, alpha=0.8, label=label)
+            if len(values) > 1:
+                ax.errorbar(mean, y, xerr=sd, color="black", lw=0.9, capsize=2)
+                ax.plot(values, [y] * len(values), "o", ms=2.2, color="black", alpha=0.45)
+    ax.set_yticks(range(len(groups)), list(groups), parse_math=False)  # "$" is text
+    ax.invert_yaxis()
+    ax.set_xlabel(xlabel)
+    ax.grid(axis="x", alpha=0.25)
+    ax.set_axisbelow(True)
+    if len(series) > 1:
+        fig.legend(loc="outside upper right", ncols=len(series), frameon=False, fontsize="small")
+    return fig, ax
+
+
+def plot_arms(results: Mapping[str, Any]) -> tuple[Figure, Any]:
+    """Accuracy of every arm (`results["arms"]`), or before and after (`results["accuracy"]`): mean, sd, single seeds."""
+    if results.get("arms"):
+        groups = {
+            arm: {words(m): v for m, v in metrics.items() if not m.startswith("attention")}
+            for arm, metrics in results["arms"].items()
+        }
+    elif results.get("accuracy"):
+        groups = {label: {"accuracy": value} for label, value in flatten(results["accuracy"])}
+    else:
+        raise ValueError(f'plot_arms: results must hold "arms" or "accuracy", got the keys {sorted(results)}')
+    return _bars(groups, "accuracy")
+
+
+def plot_attention(attention: Mapping[str, Any]) -> tuple[Figure, Any]:
+    """Attention mass on the confounding tokens: `attention` maps a label ("before", "after", an arm) to a number or a list."""
+    return _bars(
+        {label: {"mass": value} for label, value in flatten(attention)}, "attention mass on confounding tokens"
+    )
+
+
+def plot_score_histogram(
+    scores: Iterable[Mapping[str, Any]], threshold: float | Sequence[float] | None = None
+) -> tuple[Figure, Any]:
+    """Histogram of D over all scored tokens of a scores table, with the threshold, or the range of one per sample."""
+    return draw_histogram(sum((score_counts(row) for row in scores), np.zeros(len(BINS) - 1)), threshold)
+
+
+def score_counts(row: Mapping[str, Any]) -> np.ndarray:
+    values = finite(row["score"]) if row["status"] == "ok" else np.array([])
+    return np.histogram(values[~np.isnan(values)], BINS)[0]
+
+
+def draw_histogram(counts: np.ndarray, threshold: float | Sequence[float] | None) -> tuple[Figure, Any]:
+    fig, ax = _axes(6.4, 2.8)
+    ax.stairs(counts, BINS, fill=True, color=_BLUE, alpha=0.8)
+    if thresholds := listed(threshold):
+        median = float(np.median(thresholds))
+        ax.axvline(median, color=VERMILLION, ls="--", lw=1.4, label=f"threshold {median:.3f}")
+        if len(thresholds) > 1:
+            low, high = np.quantile(thresholds, [0.05, 0.95])
+            ax.axvspan(low, high, color=VERMILLION, alpha=0.15, lw=0, label="5–95 % of the samples")
+        ax.legend(frameon=False, fontsize="small")
+    ax.set_xlim(0, 1)
+    ax.set_xlabel("D (low: the student is sensitive where the teacher is not)")
+    ax.set_ylabel("scored tokens")
+    return fig, ax
+
+
+def plot_tokens(row: Mapping[str, Any], removed: Iterable[Span] = (), *, columns: int = 100) -> tuple[Figure, Any]:
+    """The heat map of one scores row as a picture: four lanes under the words of the prompt, wrapped at `columns`.
+
+    `removed` are the deleted character ranges of `text`. Scripts that matplotlib's default font lacks show as boxes.
+    """
+    values, deleted, margin = prompt_values(row), set(deleted_tokens(row, removed)), 8
+    texts = [text.strip(" ").replace("\n", "⏎") or "␣" for text in token_texts(row)[: row["response_start"]]]
+    places, line, x = [], 0, 0
+    for text, raw in zip(texts, token_texts(row)):
+        if x and x + len(text) > columns:
+            line, x = line + 1, 0
+        places.append((line, x))
+        line, x = (line + 1, 0) if "\n" in raw else (line, x + len(text) + 1)
+    lines = places[-1][0] + 1 if places else 1
+    inch, heights = 0.09, 5.4  # of a column; rows of a line, in columns
+
+    fig = Figure(figsize=((columns + margin) * inch, (lines * heights + 1) * inch))
+    FigureCanvasAgg(fig)
+    ax = fig.add_axes((0, 0, 1, 1), xlim=(-margin, columns), ylim=(lines * heights, -1))
+    ax.set_axis_off()
+    font = {"family": "monospace", "fontsize": inch * 72 / 0.605, "va": "baseline", "parse_math": False}
+    lanes = [("teacher", "Blues"), ("student", "Blues"), ("score", "Oranges_r"), ("pruned", "gray")]
+    for number in range(lines):
+        for lane, name in enumerate(("teacher", "student", "D", "pruned")):
+            y = number * heights + 1.6 + 0.75 * lane
+            ax.text(-1, y + 0.6, name, ha="right", color="0.45", **font | {"fontsize": 5.5})
+    for i, (text, (number, x)) in enumerate(zip(texts, places)):
+        top, scored = number * heights, not np.isnan(values["score"][i])
+        colour = VERMILLION if i in deleted else "black" if scored else "0.6"
+        ax.text(x, top + 1.2, text, color=colour, **font)
+        if i in deleted:
+            ax.plot([x, x + len(text)], [top + 0.75] * 2, color=VERMILLION, lw=1.2)
+        for lane, (name, cmap) in enumerate(lanes):
+            if name == "pruned":
+                face: Any = VERMILLION if i in deleted else "0.93"
+            else:
+                face = matplotlib.colormaps[cmap](values[name][i])
+            if scored or i in deleted:
+                ax.add_patch(Rectangle((x, top + 1.6 + 0.75 * lane), len(text), 0.65, fc=face, ec="0.85", lw=0.3))
+    return fig, ax
+
+
+def words(name: str) -> str:
+    return str(name).replace("_", " ")
+
+
+def flatten(tree: Any, label: str = "") -> Iterator[tuple[str, Any]]:
+    """Leaves of nested dicts as ("outer · inner", value)."""
+    if not isinstance(tree, Mapping):
+        yield label, tree
+        return
+    for key, value in tree.items():
+        yield from flatten(value, f"{label} · {words(key)}" if label else words(key))
