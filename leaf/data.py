@@ -133,6 +133,7 @@ class Encoder:
         """
         messages = row.messages if response is None else [*row.messages[:-1], {**row.messages[-1], "content": response}]
         contents = [m["content"] for m in messages]
+        places: dict[int, tuple[int, int, int]] | None
         if self.template is None:
             text, places = self._plain(contents)
         else:
