@@ -38,7 +38,7 @@ class Terminal:
         self.console = Console(stderr=True, highlight=False)
 
     def say(self, message: str) -> None:
-        self.console.print(message, markup=False)
+        self.console.print(message, markup=False, soft_wrap=True)
 
     def track(self, items: Iterable[T], total: int, description: str) -> Iterator[T]:
         from rich import progress
@@ -139,10 +139,16 @@ def _doctor(arguments: argparse.Namespace) -> int:
 
 def _stages(arguments: argparse.Namespace) -> int:
     config = from_arguments(arguments)
+    from transformers.utils.logging import disable_progress_bar
+
     from . import run
 
+    disable_progress_bar()  # there is one bar per stage
     ui = Terminal() if os.environ.get("RANK", "0") == "0" else run.Silent()
-    return 0 if run.run_stages(config, STAGE_COMMANDS[arguments.name][1], ui) else 1
+    problems = run.run_stages(config, STAGE_COMMANDS[arguments.name][1], ui)
+    for problem in problems:
+        ui.say(problem)
+    return 1 if problems else 0
 
 
 def _export(arguments: argparse.Namespace) -> int:

@@ -125,6 +125,7 @@ class RunConfig:
     signal: Literal["gradient", "student_gradient", "teacher_gradient", "perplexity", "random"] = _option(
         "gradient", "what tokens are flagged by; all but gradient are controls", "score prune eval"
     )
+    keep: tuple[str, ...] = _option((), "text that is never deleted: digits, latex, code", "prune eval")
     mode: Literal["span", "collective"] = _option(
         "span", "one counterfactual per span, or one without any of them", "prune"
     )

@@ -24,11 +24,12 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PrinterCallback, Trainer, TrainerCallback
 
 from . import __version__
-from .config import RunConfig, did_you_mean
+from .config import STAGES, RunConfig, did_you_mean
 from .data import Encoder, Row, Sample, Skip, read_rows
 from .tables import Table, digest, is_current, model_key, open_table, write_table
 
 if TYPE_CHECKING:
+    from .prune import PruneConfig
     from .trainer import LeafArguments
 
 logger = logging.getLogger(__name__)
@@ -123,6 +124,7 @@ class Run:
     def __init__(self, config: RunConfig, ui: Ui | None = None):
         self.config, self.ui = config, ui or Silent()
         self.folder = pathlib.Path(config.output)
+        self.problems: list[str] = []
         self.is_writer = os.environ.get("RANK", "0") == "0"
 
     @functools.cached_property
@@ -141,18 +143,20 @@ class Run:
         """Keys of teacher and student."""
         return {role: model_key(_named(self.config, role)) for role in ("teacher", "student")}
 
+    def key(self, stage: str, **inputs: Any) -> dict[str, Any]:
+        """What the table of a stage depends on: the options that the stage reads, and `inputs`."""
+        return {"leaf": __version__, **self.config.stage_key(stage), **inputs}
+
     def table(
         self,
         name: str,
+        key: Mapping[str, Any],
         schema: pa.Schema,
         units: Sequence[T],
         produce: Callable[[Sequence[T]], Produced],
-        *,
         collective: bool = False,
-        **inputs: Any,
     ) -> Table:
-        """The table of a stage, keyed by the options that the stage reads and `inputs`; `collective` = all ranks work."""
-        key = {"leaf": __version__, **self.config.stage_key(name.split("/")[0]), **inputs}
+        """`write_table` on rank 0, whose result the other ranks wait for; `collective` = all ranks work."""
         folder = self.folder / name
         if self.is_writer:
 
@@ -166,12 +170,42 @@ class Run:
             time.sleep(1)  # a collective would time out: a stage can take hours
         return open_table(folder)
 
+    def check(self, stage: str, left: int, total: int, *, remedy: str, skipped: int = 0) -> None:
+        """Says how many rows are left, notes when too many were skipped, refuses to go on without any."""
+        self.ui.say(f"{stage}: {left} of {total} left" + (f", {skipped} skipped" if skipped else ""))
+        reasons = _listed(open_table(self.folder / stage))
+        if skipped > self.config.max_skip_fraction * total:
+            limit = f"--max-skip-fraction {self.config.max_skip_fraction}"
+            self.problems.append(f"{stage}: {skipped} of {total} rows were skipped, more than {limit} ({reasons})")
+        if not left:
+            raise ValueError(f"no row is left after {stage} ({reasons}); {remedy}")
+
+    def select(self) -> Table:
+        """The rows that are worth pruning, every other one with its reason."""
+        units = list(read(self.config, self.config.data))
+
+        def produce(todo: Sequence[Row | Skip]) -> Produced:
+            for unit in todo:
+                row = _stored(unit)
+                yield [row], _status(row)
+
+        key = self.key("select", rows=digest([dataclasses.asdict(unit) for unit in units]))
+        table = self.table("select", key, SELECT, units, produce)
+        skipped = sum(count for name, count in table.counts.items() if name.startswith("skipped:"))
+        self.check(
+            "select", table.counts.get("ok", 0), len(units), skipped=skipped, remedy="--select all keeps every row"
+        )
+        return table
+
     def score(self) -> Table:
         """Both sensitivities and the score of every sample (E1–E3)."""
         from .score import Sensitivity, score_row, sensitivities, skipped_row
 
         kept = [restore_row(row) for row in open_table(self.folder / "select") if row["status"] == "ok"]
-        units = [unit for row in kept for unit in self._encode(row)]
+        both = ("instruction", "response")
+        levels = both if self.config.level == "both" else (self.config.level,)
+        encode = functools.partial(self.encoder.encode, segments=self.config.segments)
+        units = [unit for row in kept for level in levels for unit in encode(row, level=level)]
         samples = [unit for unit in units if isinstance(unit, Sample)]
         rendered = digest([dataclasses.asdict(unit) for unit in units])
         models = self.models()
@@ -186,8 +220,8 @@ class Run:
                     nll = None if one.nll is None else one.nll.tolist()
                     yield [{"norm": one.norm.tolist(), "loss": one.loss, "nll": nll}], {}
 
-            key = {"samples": rendered, "model": models[role], "perplexity": perplexity}
-            return self.table(f"score/{role}", SENSITIVITY, samples, produce, **key)
+            key = {"samples": rendered, "model": models[role], "perplexity": perplexity, "dtype": self.config.dtype}
+            return self.table(f"score-{role}", {"leaf": __version__, **key}, SENSITIVITY, samples, produce)
 
         def sensitivity(row: Mapping[str, Any]) -> Sensitivity:
             nll = None if row["nll"] is None else torch.tensor(row["nll"])
@@ -202,8 +236,33 @@ class Run:
                 yield [row], _status(row)
 
         teacher, student = measure("teacher"), measure("student")
-        key = {"samples": rendered, "teacher": teacher.fingerprint, "student": student.fingerprint}
-        return self.table("score", SCORES, units, merge, **key)
+        key = self.key("score", samples=rendered, teacher=teacher.fingerprint, student=student.fingerprint)
+        table = self.table("score", key, SCORES, units, merge)
+        usable = {row["id"] for row in table.arrow(["id", "status"]).to_pylist() if row["status"] == "ok"}
+        self.check(
+            "score", len(usable), len(kept), skipped=len(kept) - len(usable), remedy="see --max-length and --protect"
+        )
+        return table
+
+    def prune(self) -> Table:
+        """Counterfactuals, not verified yet (E4, E5)."""
+        from .prune import prune_row
+
+        scores = open_table(self.folder / "score")
+        options = prune_options(self.config)
+
+        def produce(todo: range) -> Produced:
+            for row in itertools.islice(scores, todo.start, None):
+                pruned = prune_row(row, options)
+                if isinstance(pruned, Skip):
+                    yield [], {f"no_counterfactual:{pruned.reason}": 1}
+                else:
+                    yield pruned, {"ok": 1, "counterfactuals": len(pruned)}
+
+        key = self.key("prune", scores=scores.fingerprint)
+        table = self.table("prune", key, COUNTERFACTUALS, range(len(scores)), produce)
+        self.check("prune", table.counts.get("ok", 0), len(scores), remedy="flag more with a larger --q or --tau")
+        return table
 
     def distill(self) -> Table:
         """Trains the student; the model goes to `model/`, the log of the training into the table."""
@@ -211,9 +270,10 @@ class Run:
         from .trainer import LeafTrainer
 
         scores, counterfactuals = open_table(self.folder / "score"), open_table(self.folder / "verify")
-        key = {"scores": scores.fingerprint, "counterfactuals": counterfactuals.fingerprint, **self.models()}
+        tables = {"scores": scores.fingerprint, "counterfactuals": counterfactuals.fingerprint}
+        key = self.key("distill", **tables, **self.models())
         # Named by what goes in: a checkpoint of other inputs must never be resumed from.
-        checkpoints = self.folder / "checkpoints" / digest([self.config.stage_key("distill"), key])
+        checkpoints = self.folder / "checkpoints" / digest(key)
         arguments = training_arguments(self.config, checkpoints)
 
         def train(_: Sequence[None]) -> Produced:
@@ -240,7 +300,37 @@ class Run:
             counts = {"groups": len(groups), "steps": trainer.state.global_step}
             yield [{"step": entry["step"], "entry": json.dumps(entry)} for entry in log], counts
 
-        return self.table("distill", TRAINING_LOG, [None], train, collective=True, **key)
+        return self.table("distill", key, TRAINING_LOG, [None], train, collective=True)
+
+
+def run_stages(config: RunConfig, stages: Sequence[str], ui: Ui | None = None) -> list[str]:
+    """Run some of `STAGES` in order.
+
+    Returns:
+        What went beyond `max_skip_fraction`, one line per stage; everything was written all the same.
+
+    Raises:
+        ValueError: bad options or input, or no row left after a stage; names the remedy.
+    """
+    run = Run(config, ui)
+    prune_options(config)  # what is misspelt is told now, not after hours
+    if "distill" in stages:
+        training_arguments(config, run.folder)
+    for stage in stages:
+        getattr(run, stage)()
+    return run.problems
+
+
+def run_all(config: RunConfig, ui: Ui | None = None) -> list[str]:
+    """All stages; see `run_stages`."""
+    return run_stages(config, STAGES, ui)
+
+
+def prune_options(config: RunConfig) -> PruneConfig:
+    from .prune import PruneConfig
+
+    names = ("rule", "q", "tau", "tau_response", "cap", "mode", "signal", "seed")
+    return PruneConfig(**{name: getattr(config, name) for name in names}, protect=config.keep)
 
 
 def training_arguments(config: RunConfig, folder: pathlib.Path) -> LeafArguments:
@@ -270,6 +360,23 @@ def restore_row(row: Mapping[str, Any]) -> Row:
     """A `Row` from the select table."""
     scored = [(message, start, end) for message, start, end in row["scored"]]
     return Row(row["id"], json.loads(row["messages"]), scored, row["answer"], json.loads(row["record"]))
+
+
+def _stored(unit: Row | Skip) -> dict[str, Any]:
+    if isinstance(unit, Skip):
+        return {"id": unit.id, "status": "skipped", "reason": unit.reason, "detail": unit.detail}
+    return {
+        "id": unit.id,
+        "status": "ok",
+        "messages": json.dumps(unit.messages, ensure_ascii=False),
+        "scored": unit.scored,
+        "answer": unit.answer,
+        "record": json.dumps(unit.record, ensure_ascii=False, default=str),
+    }
+
+
+def _listed(table: Table) -> str:
+    return ", ".join(f"{name} {count}" for name, count in table.counts.items()) or "no rows"
 
 
 def _status(row: Mapping[str, Any]) -> dict[str, int]:

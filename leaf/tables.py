@@ -42,8 +42,8 @@ class Table:
     def fingerprint(self) -> str:
         return digest([shard["sha256"] for shard in self.manifest["shards"]])
 
-    def arrow(self) -> pa.Table:
-        return pa.concat_tables(list(self._shards()))
+    def arrow(self, columns: list[str] | None = None) -> pa.Table:
+        return pa.concat_tables(list(self._shards(columns)))
 
     def pandas(self) -> Any:
         return self.arrow().to_pandas()
@@ -58,9 +58,9 @@ class Table:
     def __len__(self) -> int:
         return sum(shard["rows"] for shard in self.manifest["shards"])
 
-    def _shards(self) -> Iterator[pa.Table]:
+    def _shards(self, columns: list[str] | None = None) -> Iterator[pa.Table]:
         for shard in self.manifest["shards"]:
-            yield pq.read_table(self.path / shard["file"])
+            yield pq.read_table(self.path / shard["file"], columns=columns)
 
 
 def open_table(path: str | os.PathLike[str]) -> Table:
@@ -161,7 +161,7 @@ def write_table(
 
 def digest(value: Any) -> str:
     """Hash of a JSON-serialisable value."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=True).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def model_key(name: str) -> str:
