@@ -113,7 +113,7 @@ def plot_arms(results: Mapping[str, Any]) -> tuple[Figure, Any]:
     """Accuracy of every arm (`results["arms"]`), or before and after (`results["accuracy"]`): mean, sd, single seeds."""
     if results.get("arms"):
         groups = {
-            arm: {words(m): v for m, v in metrics.items() if not m.startswith("attention")}
+            words(arm): {words(m): v for m, v in metrics.items() if not m.startswith("attention")}
             for arm, metrics in results["arms"].items()
         }
     elif results.get("accuracy"):
@@ -124,7 +124,7 @@ def plot_arms(results: Mapping[str, Any]) -> tuple[Figure, Any]:
 
 
 def plot_attention(attention: Mapping[str, Any]) -> tuple[Figure, Any]:
-    """Attention mass on the confounding tokens: `attention` maps a label ("before", "after", an arm) to a number or a list."""
+    """Attention mass on the confounding tokens, {label ("before", "after", an arm): a number or a list of them}."""
     return _bars(
         {label: {"mass": value} for label, value in flatten(attention)}, "attention mass on confounding tokens"
     )
@@ -150,7 +150,7 @@ def draw_histogram(counts: np.ndarray, threshold: float | Sequence[float] | None
         ax.axvline(median, color=VERMILLION, ls="--", lw=1.4, label=f"threshold {median:.3f}")
         if len(thresholds) > 1:
             low, high = np.quantile(thresholds, [0.05, 0.95])
-            ax.axvspan(low, high, color=VERMILLION, alpha=0.15, lw=0, label="5–95 % of the samples")
+            ax.axvspan(low, high, color=VERMILLION, alpha=0.15, lw=0, zorder=0, label="5–95 % of the samples")
         ax.legend(frameon=False, fontsize="small")
     ax.set_xlim(0, 1)
     ax.set_xlabel("D (low: the student is sensitive where the teacher is not)")
@@ -163,40 +163,47 @@ def plot_tokens(row: Mapping[str, Any], removed: Iterable[Span] = (), *, columns
 
     `removed` are the deleted character ranges of `text`. Scripts that matplotlib's default font lacks show as boxes.
     """
-    values, deleted, margin = prompt_values(row), set(deleted_tokens(row, removed)), 8
-    texts = [text.strip(" ").replace("\n", "⏎") or "␣" for text in token_texts(row)[: row["response_start"]]]
-    places, line, x = [], 0, 0
-    for text, raw in zip(texts, token_texts(row)):
-        if x and x + len(text) > columns:
-            line, x = line + 1, 0
-        places.append((line, x))
-        line, x = (line + 1, 0) if "\n" in raw else (line, x + len(text) + 1)
-    lines = places[-1][0] + 1 if places else 1
-    inch, heights = 0.09, 5.4  # of a column; rows of a line, in columns
+    values, deleted = prompt_values(row), set(deleted_tokens(row, removed))
+    raw = token_texts(row)[: row["response_start"]]
+    texts = [text.strip(" ").replace("\n", "⏎") or "␣" for text in raw]
+    has_lanes = [bool(v >= 0) or i in deleted for i, v in enumerate(values["score"])]
+    lines: list[list[tuple[int, int]]] = [[]]  # of (token, column)
+    x = 0
+    for i, text in enumerate(texts):
+        if (x and x + len(text) > columns) or (i and "\n" in raw[i - 1]):
+            lines, x = [*lines, []], 0
+        lines[-1].append((i, x))
+        x += len(text) + 1
 
-    fig = Figure(figsize=((columns + margin) * inch, (lines * heights + 1) * inch))
+    inch, margin, lane_height = 0.09, 8, 0.75  # inches of a column; the others in columns
+    heights = [5.4 if any(has_lanes[i] for i, _ in line) else 2.2 for line in lines]
+    fig = Figure(figsize=((columns + margin) * inch, (sum(heights) + 1) * inch))
     FigureCanvasAgg(fig)
-    ax = fig.add_axes((0, 0, 1, 1), xlim=(-margin, columns), ylim=(lines * heights, -1))
+    ax = fig.add_axes((0, 0, 1, 1), xlim=(-margin, columns), ylim=(sum(heights), -1))
     ax.set_axis_off()
-    font = {"family": "monospace", "fontsize": inch * 72 / 0.605, "va": "baseline", "parse_math": False}
-    lanes = [("teacher", "Blues"), ("student", "Blues"), ("score", "Oranges_r"), ("pruned", "gray")]
-    for number in range(lines):
-        for lane, name in enumerate(("teacher", "student", "D", "pruned")):
-            y = number * heights + 1.6 + 0.75 * lane
-            ax.text(-1, y + 0.6, name, ha="right", color="0.45", **font | {"fontsize": 5.5})
-    for i, (text, (number, x)) in enumerate(zip(texts, places)):
-        top, scored = number * heights, not np.isnan(values["score"][i])
-        colour = VERMILLION if i in deleted else "black" if scored else "0.6"
-        ax.text(x, top + 1.2, text, color=colour, **font)
-        if i in deleted:
-            ax.plot([x, x + len(text)], [top + 0.75] * 2, color=VERMILLION, lw=1.2)
-        for lane, (name, cmap) in enumerate(lanes):
-            if name == "pruned":
-                face: Any = VERMILLION if i in deleted else "0.93"
-            else:
-                face = matplotlib.colormaps[cmap](values[name][i])
-            if scored or i in deleted:
-                ax.add_patch(Rectangle((x, top + 1.6 + 0.75 * lane), len(text), 0.65, fc=face, ec="0.85", lw=0.3))
+    font: dict[str, Any] = {"family": "monospace", "fontsize": inch * 72 / 0.605, "va": "baseline", "parse_math": False}
+    # D is squared as on the page: most scores lie near 0.5, and only low ones are to catch the eye.
+    blues, oranges = matplotlib.colormaps["Blues"], matplotlib.colormaps["Oranges"]
+    lanes = {
+        "teacher": blues(values["teacher"]),
+        "student": blues(values["student"]),
+        "D": oranges((1 - values["score"]) ** 2),
+        "pruned": [VERMILLION if i in deleted else "0.93" for i in range(len(texts))],
+    }
+    for number, line in enumerate(lines):
+        top = sum(heights[:number])
+        for i, x in line:
+            colour = VERMILLION if i in deleted else "black" if has_lanes[i] else "0.6"
+            ax.text(x, top + 1.2, texts[i], color=colour, **font)
+            if i in deleted:
+                ax.plot([x, x + len(texts[i])], [top + 0.75] * 2, color=VERMILLION, lw=1.2)
+        for lane, (name, colours) in enumerate(lanes.items()):
+            y = top + 1.6 + lane_height * lane
+            if heights[number] > 3:
+                ax.text(-1, y + 0.6, name, ha="right", color="0.45", **font | {"fontsize": 5.5})
+            for i, x in line:
+                if has_lanes[i]:
+                    ax.add_patch(Rectangle((x, y), len(texts[i]), 0.65, fc=colours[i], ec="0.85", lw=0.3))
     return fig, ax
 
 

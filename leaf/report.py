@@ -190,7 +190,7 @@ def write_report(
 _CAPTIONS = {
     "arms": "Accuracy: mean, one standard deviation, and each seed where there are several.",
     "attention": "Attention mass on the confounding tokens.",
-    "scores": "Difference score D of every scored token. The threshold is the highest D that was deleted, median over samples.",
+    "scores": "Difference score D of every scored token. The threshold is the highest D deleted, median over samples.",
 }
 
 
@@ -204,21 +204,22 @@ def _write(path: Path, content: bytes) -> None:
     part.replace(path)
 
 
-def _cell(value: Any) -> str:
-    """A table cell: mean ± sd of a list (the single values on hover), a number, or the text."""
+def _cell(value: Any, sign: str = "") -> str:
+    """A table cell: mean ± sd of a list (the single values on hover), a number, or the text; sign "+" shows it always."""
     if not (values := listed(value)):
         return f"<td>{html.escape(str(value)) if value else '–'}</td>"
     mean, sd = mean_sd(values)
     if len(values) == 1:
-        return f"<td>{mean:.3f}</td>"
-    return f'<td title="{", ".join(f"{v:.3f}" for v in values)}">{mean:.3f} <small>± {sd:.3f}</small></td>'
+        return f"<td>{mean:{sign}.3f}</td>"
+    return f'<td title="{", ".join(f"{v:{sign}.3f}" for v in values)}">{mean:{sign}.3f} <small>± {sd:.3f}</small></td>'
 
 
 def _table(caption: str, head: Sequence[str], rows: Iterable[tuple[str, str]]) -> str:
     """`rows` are (label, cells as HTML)."""
     body = "".join(f'<tr><th scope="row">{html.escape(label)}</th>{cells}</tr>' for label, cells in rows)
     heads = "".join(f'<th scope="col">{html.escape(h)}</th>' for h in head)
-    return f"<div class=table><table><caption>{caption}</caption><thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table></div>"
+    inner = f"<caption>{caption}</caption><thead><tr>{heads}</tr></thead><tbody>{body}</tbody>"
+    return f"<div class=table><table>{inner}</table></div>"
 
 
 def _results(results: Mapping[str, Any]) -> str:
@@ -232,7 +233,7 @@ def _results(results: Mapping[str, Any]) -> str:
         for label, value in flatten(paired):
             values = listed(value)
             worst = f"{min(values):+.3f}" if len(values) > 1 else "–"
-            rows.append((label, f"{_cell(value)}<td>{worst}</td>"))
+            rows.append((label, f"{_cell(value, '+')}<td>{worst}</td>"))
         tables.append(_table("Paired differences, seed by seed", ["comparison", "difference", "worst seed"], rows))
     for key, caption in (("accuracy", "Accuracy"), ("detection", "Detection of the confounder")):
         if results.get(key):
@@ -242,13 +243,19 @@ def _results(results: Mapping[str, Any]) -> str:
 
 
 def _facts(results: Mapping[str, Any]) -> str:
-    rest = {k: v for k, v in results.items() if k not in ("arms", "paired", "accuracy", "detection")}
-    items = []
-    for label, value in flatten(rest):
-        shown = ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else value
-        shown = f"{shown:.4g}" if isinstance(shown, float) else str(shown)
-        items.append(f"<div><dt>{html.escape(label)}</dt><dd>{html.escape(shown)}</dd></div>")
-    return f"<dl class=facts>{''.join(items)}</dl>" if items else ""
+    def shown(value: Any) -> str:
+        if isinstance(value, (list, tuple)):
+            return ", ".join(map(str, value))
+        return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+    items = ""
+    for key, value in results.items():
+        if key not in ("arms", "paired", "accuracy", "detection"):
+            entries = (html.escape(f"{label} {shown(entry)}".strip()) for label, entry in flatten(value))
+            items += (
+                f"<dt>{html.escape(words(key))}</dt><dd>{''.join(f'<span>{entry}</span>' for entry in entries)}</dd>"
+            )
+    return f"<dl class=facts>{items}</dl>" if items else ""
 
 
 def _summary(tables: _Tables) -> str:
@@ -295,7 +302,7 @@ def save_plots(
     results: Mapping[str, Any] | None = None,
     attention: Mapping[str, Any] | None = None,
 ) -> list[Path]:
-    """Writes `arms.png`, `attention.png`, `scores.png` and `tokens.png` (a sample that was pruned), each where its data is there."""
+    """Write `arms.png`, `attention.png`, `scores.png` and `tokens.png` (the first pruned sample), each if it has data."""
     tables = _Tables(scores, counterfactuals, max_samples=0)
     figures = tables.figures(results or {}, attention)
     if tables.example:

@@ -39,8 +39,8 @@ function render() {
   if (!sample) return byId("sample").replaceChildren(make("p", "empty", samples.length ? "No sample passes this filter." : "No samples."));
   const parts = [about(sample)];
   if (sample.status === "ok") {
-    if (sample.counterfactuals.length) parts.push(counterfactuals(sample));
     parts.push(heatMap(sample));
+    if (sample.counterfactuals.length) parts.push(counterfactuals(sample));
     const response = make("details", "response", make("summary", "", "response"), make("pre", "text", sample.response));
     response.open = true;
     parts.push(response);
@@ -84,7 +84,7 @@ function counterfactuals(sample) {
 }
 
 function heatMap(sample) {
-  const map = make("div", "map", make("div", "lanes"));
+  const map = make("div", "map");
   map.setAttribute("role", "group");
   map.setAttribute("aria-label", "tokens of the prompt with their scores");
   focused = Math.min(focused, sample.tokens.length - 1);
@@ -108,11 +108,14 @@ function heatMap(sample) {
 
 // The map wraps where the window says; the names of the lanes are repeated beside each of its lines.
 function placeLanes() {
-  const lanes = document.querySelector(".lanes");
-  if (!lanes) return;
-  const tops = new Set([...document.querySelectorAll(".token")].map((token) => token.offsetTop));
-  const names = () => make("div", "", ...["teacher", "student", "D", "pruned"].map((name) => make("span", "", name)));
-  lanes.replaceChildren(...[...tops].map(names));
+  document.querySelectorAll(".lanes").forEach((old) => old.remove());
+  const tops = new Set([...document.querySelectorAll(".token:not(.unscored)")].map((token) => token.offsetTop));
+  for (const top of tops) {
+    const lanes = make("div", "lanes", ...["teacher", "student", "D", "pruned"].map((name) => make("span", "", name)));
+    lanes.style.top = `${top}px`;
+    lanes.ariaHidden = "true";
+    document.querySelector(".map").append(lanes);
+  }
 }
 
 function showTip(token) {
@@ -161,6 +164,20 @@ function go(position) {
   render();
 }
 
+// report.html#sample=17 opens the 17th sample
+function fromAddress() {
+  const number = Number(location.hash.match(/^#sample=(\d+)$/)?.[1]);
+  if (number && samples[number - 1]) show(number - 1);
+}
+
+function show(index) {
+  if (!shown.includes(index)) {
+    byId("filter").value = "all";
+    filter();
+  }
+  go(shown.indexOf(index));
+}
+
 function filter() {
   const passes = {
     all: () => true,
@@ -179,12 +196,7 @@ function find() {
   const holds = (k) => ((samples[k].tokens?.join("") ?? samples[k].text ?? "") + (samples[k].response ?? "")).toLowerCase().includes(query);
   const hit = order.find((k) => samples[k].id.toLowerCase() === query) ?? order.find(holds);
   byId("found").textContent = query && hit === undefined ? "not found" : "";
-  if (!query || hit === undefined) return;
-  if (!shown.includes(hit)) {
-    byId("filter").value = "all";
-    filter();
-  }
-  go(shown.indexOf(hit));
+  if (query && hit !== undefined) show(hit);
 }
 
 function moveFocus(from, step) {
@@ -223,7 +235,7 @@ byId("sample").addEventListener("mouseover", (event) => {
 byId("sample").addEventListener("mouseleave", hideTip);
 byId("sample").addEventListener("focusin", (event) => event.target.closest(".token") && showTip(event.target.closest(".token")));
 byId("sample").addEventListener("focusout", hideTip);
-addEventListener("scroll", hideTip, { passive: true });
+addEventListener("scroll", () => (document.activeElement?.matches(".token") ? showTip(document.activeElement) : hideTip()), { passive: true });
 byId("previous").addEventListener("click", () => go(at - 1));
 byId("next").addEventListener("click", () => go(at + 1));
 byId("filter").addEventListener("change", filter);
@@ -234,3 +246,5 @@ byId("search").addEventListener("submit", (event) => {
 byId("ids").append(...samples.map((sample) => Object.assign(make("option"), { value: sample.id })));
 new ResizeObserver(placeLanes).observe(byId("sample"));
 filter();
+addEventListener("hashchange", fromAddress);
+fromAddress();

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import matplotlib
 import pytest
-from rich.console import Console
 
 from leaf.report import (
     plot_arms,
@@ -25,10 +24,11 @@ from leaf.report import (
     write_report,
 )
 
-WORDS = (
+WORDS = re.split(
+    " ",
     "Tom has 2 books . the sign says 9 . the dog sleeps . Eva gives Tom 7 books . how many books does he have now ? "
-    "naïve 数学 Ωmega doubles every day , then pays $ x coins for 3 kilos of apples"
-).split()
+    "naïve 数学 Ωmega doubles every day , then pays $ x coins for 3 kilos of apples",
+)
 
 
 def score_row(identifier: str, text: str, prompt_chars: int, seed: int = 0, **changes: object) -> dict:
@@ -129,10 +129,8 @@ def tables(rows: int, words: int = 34) -> tuple[list[dict], list[dict]]:
 def arms(seeds: int = 5) -> dict:
     rng = random.Random(0)
     metrics = ("in_distribution", "adversarial", "clean", "attention_to_confounder")
-    names = (
-        "teacher student kd random perplexity student_gradient teacher_gradient leaf leaf_collective leaf_paper "
-        "kd_student_wrong oracle"
-    ).split()
+    names = ["teacher", "student", "kd", "random", "perplexity", "student_gradient", "teacher_gradient", "leaf"]
+    names += ["leaf_collective", "leaf_paper", "kd_student_wrong", "oracle"]
     means = {m: [0.2 + 0.75 * (k + 1) / 13 for k in range(12)] for m in metrics}
     return {
         "preset": "full",
@@ -310,9 +308,9 @@ def test_results_tables(tmp_path: Path) -> None:
     }
     text = report(tmp_path, [], [], results=results).text
     assert "leaf0.600 ± 0.1410.900" in text
-    assert "leaf - kd · adversarial0.100 ± 0.283-0.100" in text
+    assert "leaf - kd · adversarial+0.100 ± 0.283-0.100" in text
     assert "before0.250after–" in text
-    assert "verify · dropped rows7" in text
+    assert "countsverify · dropped rows 7" in text
     assert "seeds3, 4" in text
 
 
@@ -357,7 +355,6 @@ def test_terminal_heatmap() -> None:
     assert "#d55e00" in styles[row["text"][slice(*row["offsets"][lowest])]]
     unscored = {key: value for key, value in row.items() if "norm" not in key and key != "score"}
     assert "D" not in terminal_heatmap(unscored).plain
-    Console(file=open("/dev/null", "w")).print(text)
 
 
 def test_csv(tmp_path: Path) -> None:
