@@ -31,9 +31,9 @@ class LinearCrossEntropyOutput(NamedTuple):
 
 
 class TokenScores(NamedTuple):
-    """Result of `token_scores`; all [N], fp32."""
+    """Result of `token_scores`; all [N], fp32 (fp64 from fp64 gradients)."""
 
-    teacher_norm: torch.Tensor
+    teacher_norm: torch.Tensor  # 0 where not scored
     student_norm: torch.Tensor
     score: torch.Tensor  # D of the paper's E3: low = a confounder; +inf where not scored
 
@@ -44,7 +44,7 @@ class FlaggedSpans(NamedTuple):
     segment: torch.Tensor  # [C] int32, -1 = unused
     start: torch.Tensor  # [C] int32, position in the pack, inclusive
     end: torch.Tensor  # [C] int32, exclusive
-    count: torch.Tensor  # scalar int32 on the device
+    count: torch.Tensor  # type: ignore[assignment]  # scalar int32 on the device; stands in for tuple.count
 
     def to_list(self) -> list[tuple[int, int, int]]:
         """The spans as (segment, start, end). This is the one host sync."""

@@ -117,7 +117,7 @@ def linear_kl(
     rows, row_weight = _useful_rows(op, N, token_weight, rows, dtype, device)
 
     resolve_impl(op, impl, device)  # refuses what cannot be served; the Triton kernel is still to come
-    arguments = (student, teacher, rows, row_weight, temperature, divergence, beta, dtype)
+    arguments = (student, teacher, rows, row_weight, temperature, divergence, beta or 0.0, dtype)
     with torch.autocast(device.type, enabled=False):
         if Impl(impl) is Impl.REFERENCE:
             loss, values = linear_kl_reference(*arguments)

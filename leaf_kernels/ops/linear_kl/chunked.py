@@ -18,14 +18,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 
 from ..._runtime.mm import addmm_into, mm_into, operand_dtype
 from .head import LOGIT_FLOOR, Head, accumulator_dtype
 
-# (logits [c, V], out [c, V], slice of the rows, gradient wanted) -> D [c]. The gradient dD/dz is left in `out`; `logits` may be
+# (logits [c, V], out [c, V], slice of the rows, gradient wanted) -> D [c]. dD/dz is left in `out`; `logits` may be
 # overwritten unless the head has a softcap.
 Criterion = Callable[[torch.Tensor, torch.Tensor, slice, bool], torch.Tensor]
 
@@ -100,7 +101,7 @@ class _LinearLoss:
     max_weight: torch.Tensor  # scalar, max|w|
     chunk_rows: int
 
-    def run(self, wants: tuple[bool, bool, bool]) -> tuple[torch.Tensor, torch.Tensor, _Gradients]:
+    def run(self, wants: tuple[bool, ...]) -> tuple[torch.Tensor, torch.Tensor, _Gradients]:
         head = self.projection.head
         M, (V, D) = len(self.row_weight), head.weight.shape
         c = min(self.chunk_rows, M)
@@ -145,7 +146,7 @@ class _LinearLoss:
 
 class _GradientInForward(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: FunctionCtx, hidden, weight, bias, linear_loss: _LinearLoss, wants: tuple[bool, bool, bool]):
+    def forward(ctx: Any, hidden, weight, bias, linear_loss: _LinearLoss, wants: tuple[bool, ...]):
         loss, values, gradients = linear_loss.run(wants)
         projection = linear_loss.projection
         ctx.save_for_backward(
@@ -159,7 +160,7 @@ class _GradientInForward(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, upstream: torch.Tensor, _: torch.Tensor):
+    def backward(ctx: Any, upstream: torch.Tensor, _: torch.Tensor):
         *gradients, max_weight, rows = ctx.saved_tensors
         factor = upstream * max_weight * ctx.scale
         # Out of place: the saved tensors must survive a second backward.
@@ -182,7 +183,7 @@ def linear_kl_chunked(
     row_weight: torch.Tensor,
     temperature: float,
     divergence: str,
-    beta: float | None,
+    beta: float,
     dtype: torch.dtype,
     chunk_rows: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -229,7 +230,8 @@ def linear_cross_entropy_chunked(
             log_p.exp_().scatter_add_(1, label, log_p.new_full((), -1).expand_as(label))
         return value
 
-    chunk_rows = chunk_rows or default_chunk_rows(*head.weight.shape, dtype)
+    V, D = head.weight.shape
+    chunk_rows = chunk_rows or default_chunk_rows(V, D, dtype)
     return _linear_loss(_Projection(head, rows, row_weight, 1.0, dtype), criterion, row_weight, chunk_rows)
 
 

@@ -1,7 +1,7 @@
 """The specification of `linear_kl` and `linear_cross_entropy`: plain torch under ordinary autograd.
 
-Operands are rounded to the compute dtype, everything after that is fp32 (fp64 for fp64). It holds all logits. Under autocast,
-autograd rounds the gradient of a cast operand to the compute dtype on its way back; other implementations do not.
+Operands are rounded to the compute dtype, everything after that is fp32 (fp64 for fp64). It holds all logits. Under
+autocast, autograd rounds the gradient of a cast operand to the compute dtype on its way back; other implementations do not.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def linear_kl_reference(
     row_weight: torch.Tensor,
     temperature: float,
     divergence: str,
-    beta: float | None,
+    beta: float,
     dtype: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """loss and the [M] divergences of the rows (t² included); see `linear_kl`."""
