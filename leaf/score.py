@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from transformers import PreTrainedModel
@@ -20,6 +20,14 @@ from .objective import head_of, hidden_states
 logger = logging.getLogger(__name__)
 
 Loader = Callable[[], PreTrainedModel]
+
+
+class HasTokens(Protocol):
+    @property
+    def input_ids(self) -> list[int]: ...
+
+
+Item = TypeVar("Item", bound=HasTokens)
 
 # Of the scores table, after those that every row has
 _COLUMNS = (
@@ -105,21 +113,22 @@ def sensitivities(
         for module in model.modules():
             if isinstance(module, GradientCheckpointingLayer):
                 module.training = True  # checkpoints in train mode only; its children stay in eval mode: no dropout
-    for batch in _batches(samples, max_tokens):
+    for batch in batches(samples, max_tokens):
         yield from _pack_sensitivities(model, batch, perplexity)
         if progress is not None:
             progress(len(batch))
 
 
-def _batches(samples: Sequence[Sample], max_tokens: int) -> Iterator[list[Sample]]:
-    batch: list[Sample] = []
+def batches(items: Sequence[Item], max_tokens: int) -> Iterator[list[Item]]:
+    """Consecutive items with at most `max_tokens` tokens together; a longer one gets a batch of its own."""
+    batch: list[Item] = []
     size = 0
-    for sample in samples:
-        if batch and size + len(sample.input_ids) > max_tokens:
+    for item in items:
+        if batch and size + len(item.input_ids) > max_tokens:
             yield batch
             batch, size = [], 0
-        batch.append(sample)
-        size += len(sample.input_ids)
+        batch.append(item)
+        size += len(item.input_ids)
     if batch:
         yield batch
 

@@ -14,12 +14,13 @@ The layout travels as a keyword argument of the model's forward to every attenti
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
 
-from .. import SharedPrefixLayout, pruned_attention
+from .. import SharedPrefixLayout, attention_mass, pruned_attention
 
 NAME = "leaf"
 _REMEDY = "train it on single, unpacked sequences with its own attention (attn_implementation='sdpa' or 'eager')"
@@ -39,6 +40,14 @@ def packed_inputs(layout: SharedPrefixLayout, input_ids: torch.Tensor) -> dict[s
         "layout": layout,
         "use_cache": False,
     }
+
+
+@dataclass
+class MassRecorder:
+    """Records the attention mass of every layer: `model(**packed_inputs(...), mass=MassRecorder(queries))`."""
+
+    queries: torch.Tensor  # [N] bool, the rows whose attention is summed
+    layers: list[torch.Tensor] = field(default_factory=list)  # [Hq, N] each, see `attention_mass`
 
 
 def check_model(model: PreTrainedModel | PreTrainedConfig) -> None:
@@ -94,6 +103,7 @@ def leaf_attention(
     softcap: float | None = None,
     s_aux: torch.Tensor | None = None,
     layout: SharedPrefixLayout | None = None,
+    mass: MassRecorder | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
     """transformers' attention function: q/k/v [1, H, N, D] → [1, N, H, D]."""
@@ -115,5 +125,8 @@ def leaf_attention(
     if getattr(module, "is_causal", True) is False:
         raise ValueError("attn_implementation='leaf': this layer is bidirectional; packs are causal")
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-    out = pruned_attention(q, k, v, layout, scale=scaling, window=sliding_window, softcap=softcap, sinks=s_aux)
+    options = {"scale": scaling, "window": sliding_window, "softcap": softcap, "sinks": s_aux}
+    if mass is not None:
+        mass.layers.append(attention_mass(q, k, layout, queries=mass.queries, **options))
+    out = pruned_attention(q, k, v, layout, **options)
     return out[None], None  # type: ignore[index]  # no lse was asked for: a tensor
