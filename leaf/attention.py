@@ -1,4 +1,4 @@
-"""How much a model looks at given prompt tokens while it answers: what "attention to confounding tokens" is measured with."""
+"""How much a model looks at given prompt tokens while it answers."""
 
 from __future__ import annotations
 
