@@ -242,6 +242,7 @@ def test_totals_cover_rows_beyond_those_shown(tmp_path: Path) -> None:
     assert f"{dropped} dropped by verificationteacher wrong {dropped}" in page.text
 
 
+@pytest.mark.filterwarnings("ignore:Glyph .* missing", "ignore:constrained_layout not applied")
 def test_text_is_data(tmp_path: Path) -> None:
     evil = '</script><script>alert(1)</script><!-- <img src=x onerror=alert(1)> {{style}} \u2028 " & $\\frac$ 👩‍🔬'
     row = score_row(evil, f"{evil} \ud800\nresponse", len(evil) + 3)
