@@ -117,7 +117,7 @@ def distillation(
 
     def objective(hidden: torch.Tensor, head: Head) -> Distillation:
         if len(pack["rows"]) == 0:  # an idle rank: DDP waits for a gradient of every parameter, so give it zeros
-            zero = sum(0 * t.sum() for t in (hidden, head.weight, head.bias) if t is not None)
+            zero = torch.stack([0 * t.sum() for t in (hidden, head.weight, head.bias) if t is not None]).sum()
             return Distillation(zero, zero.detach(), zero.detach())
         teacher = teacher_hidden, teacher_head.weight
         if not torch.is_autocast_enabled(hidden.device.type):  # under autocast the op casts, once

@@ -89,7 +89,9 @@ class Collator:
         self.concat = concat
 
     def __call__(self, groups: Sequence[Group]) -> dict[str, list[Pack]]:
-        packs, current, size = [], [], 0
+        packs: list[Pack] = []
+        current: list[Group] = []
+        size = 0
         for group in groups:
             tokens = self._tokens(group)
             if current and size + tokens > self.max_tokens:
@@ -116,25 +118,18 @@ class Collator:
             sequences.append([m["input_ids"] for m, *_ in chosen])
         layout, input_ids = SharedPrefixLayout.from_groups(sequences or [[[0]]])
 
-        rows, labels, original, weights = [], [], [], []
-        for m, (member, (is_original, weight)) in enumerate(zip(members, kinds)):
+        none = torch.empty(0, dtype=torch.int64)
+        rows, labels, original, weights = [none], [none], [none.bool()], [none.float()]
+        for m, (member, (kind, share)) in enumerate(zip(members, kinds)):
             start = member["response_start"]
             ids = torch.as_tensor(member["input_ids"])
             if not 0 < start < len(ids):
                 raise ValueError(f"response_start must lie in [1, {len(ids)}) so that a target follows, got {start}")
             rows.append(layout.member_rows(m)[start - 1 : -1])
             labels.append(ids[start:])
-            original.append(torch.full_like(rows[-1], is_original, dtype=torch.bool))
-            weights.append(torch.full_like(rows[-1], weight, dtype=torch.float32))
-        label_rows, target, is_original, weight = (
-            torch.cat([torch.empty(0, dtype=dtype), *parts])
-            for dtype, parts in (
-                (torch.int64, rows),
-                (torch.int64, labels),
-                (torch.bool, original),
-                (torch.float32, weights),
-            )
-        )
+            original.append(torch.full_like(rows[-1], kind, dtype=torch.bool))
+            weights.append(torch.full_like(rows[-1], share, dtype=torch.float32))
+        label_rows, is_original, weight = (torch.cat(parts) for parts in (rows, original, weights))
 
         def per_row(mask: torch.Tensor) -> torch.Tensor:
             return torch.zeros(layout.num_tokens).index_add_(0, label_rows[mask], weight[mask])
@@ -147,7 +142,7 @@ class Collator:
             "weight_original": per_row(is_original),
             "weight_counterfactual": per_row(~is_original),
             "label_rows": label_rows,
-            "labels": target,
+            "labels": torch.cat(labels),
             "label_is_original": is_original,
             "label_weight": weight,
         }

@@ -157,7 +157,7 @@ def _pack_sensitivities(model: PreTrainedModel, batch: Sequence[Sample], perplex
     embeddings = model.get_input_embeddings()(input_ids[None]).detach().requires_grad_()
     inputs = {"inputs_embeds": embeddings, "position_ids": layout.position_ids[None], "layout": layout}
     head = head_of(model)
-    options = {"bias": head.bias, "softcap": head.softcap, "logit_scale": head.logit_scale}
+    options: dict[str, Any] = {"bias": head.bias, "softcap": head.softcap, "logit_scale": head.logit_scale}
     with torch.enable_grad():
         hidden = hidden_states(model, inputs)
         loss, per_token = linear_cross_entropy(

@@ -88,6 +88,7 @@ class LeafTrainer(Trainer):
     set, with every counterfactual, whatever the packs and ranks.
     """
 
+    args: LeafArguments
     loss_is_scaled_for_ga = True  # divided by the weights of the whole accumulation window
 
     def __init__(
@@ -103,7 +104,7 @@ class LeafTrainer(Trainer):
         if kwargs.get("data_collator") is not None:
             raise ValueError("LeafTrainer packs groups itself: data_collator cannot be replaced")
         register()
-        student = model.get_base_model() if hasattr(model, "peft_config") else model
+        student: Any = model.get_base_model() if hasattr(model, "peft_config") else model  # type: ignore[operator]
         for each in (student, teacher):
             check_model(each)
             head_of(each)
@@ -151,7 +152,7 @@ class LeafTrainer(Trainer):
         """Sharded by our own sampler: accelerate's repeats samples where they do not divide by the ranks."""
         args = self.args
         rank, world_size, seed = args.process_index, args.world_size, args.data_seed or args.seed
-        common = {
+        common: dict[str, Any] = {
             "collate_fn": self.data_collator,
             "num_workers": args.dataloader_num_workers,
             "pin_memory": args.dataloader_pin_memory and args.device.type == "cuda",
@@ -245,7 +246,7 @@ class LeafTrainer(Trainer):
     ) -> EvalLoopOutput:
         """Token-weighted global means, summed in fp64 over packs and ranks."""
         args = self.args
-        model = self._wrap_model(self.model, training=False)
+        model: Any = self._wrap_model(self.model, training=False)  # type: ignore[arg-type]
         if model is self.model and not self.accelerator._models:
             model = self.accelerator.prepare_model(model, evaluation_mode=True)
         model.eval()

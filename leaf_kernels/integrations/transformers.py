@@ -125,8 +125,8 @@ def leaf_attention(
     if getattr(module, "is_causal", True) is False:
         raise ValueError("attn_implementation='leaf': this layer is bidirectional; packs are causal")
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-    options = {"scale": scaling, "window": sliding_window, "softcap": softcap, "sinks": s_aux}
+    options: dict[str, Any] = {"scale": scaling, "window": sliding_window, "softcap": softcap, "sinks": s_aux}
     if mass is not None:
         mass.layers.append(attention_mass(q, k, layout, queries=mass.queries, **options))
     out = pruned_attention(q, k, v, layout, **options)
-    return out[None], None  # type: ignore[index]  # no lse was asked for: a tensor
+    return out[None], None  # type: ignore[call-overload]  # no lse was asked for: a tensor

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch.utils import _pytree
 
 from ...layout import SharedPrefixLayout
 
@@ -99,7 +100,7 @@ def _plan(layout: SharedPrefixLayout) -> tuple[list[_Bucket], torch.Tensor]:
         real = bucket.real.flatten().nonzero().squeeze(1)
         source[bucket.query_rows.flatten()[real]] = real + placed
         placed += bucket.query_rows.numel()
-        buckets.append(_Bucket(*(None if t is None else t.to(layout.device) for t in bucket)))
+        buckets.append(_pytree.tree_map_only(torch.Tensor, lambda t: t.to(layout.device), bucket))
         first = last
     end = layout.spans()[-1][1] if layout.num_segments else 0
     source[end:] = placed
