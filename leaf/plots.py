@@ -83,7 +83,7 @@ def mean_sd(values: Sequence[float]) -> tuple[float, float]:
 
 
 def _bars(groups: Mapping[str, Mapping[str, Any]], xlabel: str) -> tuple[Figure, Any]:
-    """Horizontal means with one standard deviation and every single value, one row per group, one colour per series."""
+    """Horizontal means with one standard deviation and up to 20 single values, one row per group, one colour per series."""
     series = list(dict.fromkeys(name for group in groups.values() for name in group))
     colours = [_BLUE, VERMILLION, _GREEN, _SKY, "#CC79A7", "#E69F00"]
     fig, ax = _axes(6.4, 1.0 + 0.13 * len(groups) * (len(series) + 1))
@@ -98,6 +98,7 @@ def _bars(groups: Mapping[str, Mapping[str, Any]], xlabel: str) -> tuple[Figure,
             ax.barh(y, mean, 0.8 / len(series), color=colour, alpha=0.8, label=label)
             if len(values) > 1:
                 ax.errorbar(mean, y, xerr=sd, color="black", lw=0.9, capsize=2)
+            if 1 < len(values) <= 20:  # seeds; samples by the thousand would be a black bar
                 ax.plot(values, [y] * len(values), "o", ms=2.2, color="black", alpha=0.45)
     ax.set_yticks(range(len(groups)), list(groups), parse_math=False)  # "$" is text
     ax.invert_yaxis()
