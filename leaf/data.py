@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import bisect
 import datetime
+import functools
 import hashlib
 import json
 import re
@@ -124,6 +125,16 @@ class Encoder:
             "max_length": self.max_length,
             "truncate": self.truncate,
         }
+
+    @functools.cached_property
+    def end_of_turn_id(self) -> int | None:
+        """The token that ends a response: generation stops there."""
+        marker = Row("", [{"role": "user", "content": "x"}, {"role": "assistant", "content": "x"}], [])
+        rendered = self.render(marker)
+        if isinstance(rendered, Skip):
+            raise ValueError(f"the chat template cannot render a plain question and answer: {rendered.detail}")
+        ids = self._tokenize(rendered.text)[0]
+        return ids[-1] if len(rendered.text) > rendered.response_end else None
 
     def render(self, row: Row, *, response: str | None = None) -> Rendered | Skip:
         """The conversation as text, with `response` in place of the row's own if given.
