@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from . import __version__
 from .config import STAGES, RunConfig, did_you_mean
-from .data import Encoder, Row, Sample, Skip, read_rows
+from .data import Encoder, Row, Sample, Skip, check_pair, read_rows
 from .tables import Table, digest, is_current, model_key, open_table, write_table
 
 if TYPE_CHECKING:
@@ -122,7 +122,7 @@ class Run:
     """One run directory; every stage is a method that returns its table."""
 
     def __init__(self, config: RunConfig, ui: Ui | None = None):
-        self.config, self.ui = config, ui or Silent()
+        self.config, self.ui = config, Silent() if ui is None else ui
         self.folder = pathlib.Path(config.output)
         self.problems: list[str] = []
         self.is_writer = os.environ.get("RANK", "0") == "0"
@@ -139,9 +139,20 @@ class Run:
             dtype = auto if self.config.dtype == "auto" else getattr(torch, self.config.dtype)
         return AutoModelForCausalLM.from_pretrained(name, dtype=dtype).to(device)
 
+    @functools.cached_property
+    def shared_vocabulary(self) -> int:
+        return check_pair(self.encoder.tokenizer, AutoTokenizer.from_pretrained(_named(self.config, "teacher")))
+
     def models(self) -> dict[str, str]:
-        """Keys of teacher and student."""
-        return {role: model_key(_named(self.config, role)) for role in ("teacher", "student")}
+        """Keys of teacher and student, which must be two models of one vocabulary."""
+        keys = {role: model_key(_named(self.config, role)) for role in ("teacher", "student")}
+        if keys["teacher"] == keys["student"]:
+            raise ValueError(
+                f"teacher and student are the same model ({self.config.student}): every difference between them is 0; "
+                "give --teacher a stronger one"
+            )
+        logger.debug("%d tokens are shared", self.shared_vocabulary)
+        return keys
 
     def key(self, stage: str, **inputs: Any) -> dict[str, Any]:
         """What the table of a stage depends on: the options that the stage reads, and `inputs`."""
@@ -264,6 +275,18 @@ class Run:
         self.check("prune", table.counts.get("ok", 0), len(scores), remedy="flag more with a larger --q or --tau")
         return table
 
+    def verify(self) -> Table:
+        """Counterfactuals with the verdict of the models (E6)."""
+        pruned = open_table(self.folder / "prune")
+
+        def produce(todo: range) -> Produced:
+            for row in itertools.islice(pruned, todo.start, None):
+                yield [row], {"unverified": 1}
+
+        key = self.key("verify", counterfactuals=pruned.fingerprint)
+        table = self.table("verify", key, COUNTERFACTUALS, range(len(pruned)), produce)
+        return table
+
     def distill(self) -> Table:
         """Trains the student; the model goes to `model/`, the log of the training into the table."""
         from .pack import build_groups
@@ -284,6 +307,7 @@ class Run:
                 self.load(_named(self.config, "teacher")),
                 arguments,
                 train_dataset=groups,
+                vocab_size=self.shared_vocabulary,
                 processing_class=self.encoder.tokenizer,
             )
             _report_progress(trainer, self.ui)
