@@ -141,9 +141,9 @@ class LeafTrainer(Trainer):
         )
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
-        dataset = (
-            self.eval_dataset[eval_dataset] if isinstance(eval_dataset, str) else eval_dataset or self.eval_dataset
-        )
+        dataset: Any = self.eval_dataset if eval_dataset is None else eval_dataset
+        if isinstance(dataset, str):
+            dataset = self.eval_dataset[dataset]  # type: ignore[index]
         if dataset is None:
             raise ValueError("LeafTrainer: evaluation needs eval_dataset, a sequence or an iterable of groups")
         return self._loader(dataset, self.args.per_device_eval_batch_size, "all", shuffle=False)
