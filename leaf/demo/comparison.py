@@ -1,0 +1,276 @@
+"""The built-in task through the package's own stages: select, score, prune, verify, distil, evaluate, for every arm."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from rich.table import Table
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback
+
+from .. import report
+from ..attention import Marked, attention_to_marked
+from ..data import Encoder, Row
+from ..pack import Group, build_groups
+from ..prune import PruneConfig, prune
+from ..rows import read_rows
+from ..run import Silent, Ui
+from ..score import score_samples
+from ..select import select_rows
+from ..trainer import LeafArguments, LeafTrainer
+from ..verify import verify_rows
+from .arms import ARMS, COMPARISONS, RECIPES, Recipe
+from .detection import detection, marked, oracle_counterfactuals
+from .models import WINDOW, accuracy, in_window, train_student, train_teacher
+from .task import TEST_SETS, make_rows, make_tokenizer
+
+MAX_TOKENS = 16384
+GRADING: dict[str, Any] = {"grader": "exact", "max_new_tokens": 12, "max_tokens": MAX_TOKENS}
+ATTENTION_ROWS = 200
+
+Rows = list[dict[str, Any]]
+
+
+def run(
+    preset: str = "fast",
+    output_dir: str | Path = "out",
+    *,
+    seeds: Sequence[int] | None = None,
+    ui: Ui | None = None,
+) -> dict[str, Any]:
+    """Trains the models of the built-in task and compares the arms of `preset`.
+
+    Into `output_dir`: `results.json`, `report.html`, `plots/`, `models/teacher`, `models/student` (before distillation) and
+    `rows.jsonl` (ten rows of the corpus), the files from the first seed.
+
+    Args:
+        preset: "fast" (one seed; student, KD, random, LeaF) or "full" (five seeds, every arm).
+        seeds: other seeds than the preset's.
+        ui: where progress goes; nowhere if None.
+
+    Returns:
+        The content of `results.json`: `arms` {arm: {metric: [per seed]}}, `detection`, `paired` differences, `window`,
+        `counts` and `seconds`.
+    """
+    if preset not in RECIPES:
+        raise ValueError(f"demo: preset must be one of {', '.join(RECIPES)}, got {preset!r}")
+    ui, recipe, folder = ui or Silent(), RECIPES[preset], Path(output_dir)
+    measured = []
+    for seed in seeds if seeds is not None else recipe.seeds:
+        one, artifacts = run_seed(recipe, seed, ui)
+        measured.append(one)
+        if len(measured) == 1:
+            first = artifacts
+            _save_inputs(folder, artifacts)
+        results = summarise(preset, measured)
+        _write_json(folder / "results.json", results)  # after every seed: a run that is stopped keeps what it has
+    tables: dict[str, Any] = {"scores": first.scores, "counterfactuals": first.counterfactuals}
+    report.save_plots(folder / "plots", results=results, **tables)
+    report.write_report(folder / "report.html", results=results, title=f"leaf demo, preset {preset}", **tables)
+    return results
+
+
+class Artifacts(NamedTuple):
+    """What a seed leaves besides its numbers."""
+
+    tokenizer: PreTrainedTokenizerBase
+    teacher: PreTrainedModel
+    student: PreTrainedModel
+    rows: list[Row]  # those that the teacher solves
+    scores: Rows
+    counterfactuals: Rows  # of the arm "leaf"
+
+
+def run_seed(recipe: Recipe, seed: int, ui: Ui) -> tuple[dict[str, Any], Artifacts]:
+    """One seed: its numbers, in the nesting of `results.json` with a number in place of each list, and its artifacts."""
+    seconds: dict[str, float] = defaultdict(float)
+    with _clock(seconds, "total"):
+        tokenizer = make_tokenizer()
+        encoder = Encoder(tokenizer)
+        with _clock(seconds, "teacher"):
+            teacher = train_teacher(
+                tokenizer, seed, steps=recipe.teacher_steps, spare_operands=recipe.spare_operands, track=ui.track
+            )
+        with _clock(seconds, "student"):
+            student, student_steps = train_student(tokenizer, seed, track=ui.track)
+        tests = {name: make_rows(name, recipe.test_rows, seed) for name in TEST_SETS}
+        watched = _watched(tests["adversarial"][:ATTENTION_ROWS], encoder)
+
+        def measure(name: str, model: PreTrainedModel) -> dict[str, float]:
+            with _clock(seconds, "evaluate"):
+                scores = {test: accuracy(model, tokenizer, rows) for test, rows in tests.items()}
+                attention = list(attention_to_marked(model, watched, max_tokens=MAX_TOKENS))
+            ui.say(f"seed {seed}, {name}: " + ", ".join(f"{test} {score:.3f}" for test, score in scores.items()))
+            return {**scores, "attention_to_confounder": sum(attention) / len(attention)}
+
+        arms = {"teacher": measure("teacher", teacher), "student": measure("student", student)}
+        inside = in_window(arms["student"])
+        if not inside:
+            ui.say(f"seed {seed}: the student lies outside the useful window {WINDOW}; its comparison says little")
+
+        loaders = {"teacher": lambda: copy.deepcopy(teacher), "student": lambda: copy.deepcopy(student)}
+        with _clock(seconds, "select"):
+            corpus = list(read_rows(make_rows("corpus", recipe.corpus_rows, seed)))
+            asked = list(select_rows(corpus, encoder, loaders, select="student_wrong", **GRADING))
+            rows = [row for row, one in zip(corpus, asked) if one.teacher.right]
+            student_wrong = {one.id for one in asked if one.status == "ok"}  # and teacher right
+        with _clock(seconds, "score"):
+            samples = [sample for row in rows for sample in encoder.encode(row)]
+            perplexity = any(ARMS[arm].prune == PruneConfig(signal="perplexity") for arm in recipe.arms)
+            scores = list(score_samples(samples, *loaders.values(), max_tokens=MAX_TOKENS, perplexity=perplexity))
+        records = {row.id: row.record for row in rows}
+        answers = {row.id: row.answer for row in rows}
+        counts: dict[str, Any] = {"rows": len(corpus), "teacher_right": len(rows), "student_wrong": len(student_wrong)}
+        kept: dict[str, Rows] = {}
+
+        for name in recipe.arms:
+            arm = ARMS[name]
+            selected = [row for row in scores if arm.select == "teacher_right" or row["id"] in student_wrong]
+            if arm.prune or arm.oracle:
+                with _clock(seconds, "prune"):
+                    made = oracle_counterfactuals(selected, records) if arm.oracle else list(prune(selected, arm.prune))
+                with _clock(seconds, "verify"):
+                    kept[name] = list(verify_rows(made, answers, encoder, loaders, verify=arm.verify, **GRADING))
+                counts[name] = {"made": len(made), "kept": sum(c["verified"] for c in kept[name])}
+            groups = build_groups(
+                selected, kept.get(name, ()), encoder.encode_text, originals="paired" if name in kept else "all"
+            )
+            with _clock(seconds, "distil"):
+                model = distil(student, teacher, groups, recipe, seed)
+            arms[name] = measure(name, model)
+
+        found = detection(scores, records, student_wrong)
+        found["teacher_accuracy_on_counterfactuals"] = counts["leaf"]["kept"] / counts["leaf"]["made"]
+    result = {
+        "seed": seed,
+        "arms": arms,
+        "detection": found,
+        "window": {"inside": inside, "student_steps": student_steps},
+        "counts": counts,
+        "seconds": dict(seconds),
+    }
+    return _rounded(result), Artifacts(tokenizer, teacher, student, rows, scores, kept["leaf"])
+
+
+def distil(
+    student: PreTrainedModel, teacher: PreTrainedModel, groups: list[Group], recipe: Recipe, seed: int
+) -> PreTrainedModel:
+    """A copy of the student after stage 2. Groups without counterfactuals (KD) are taken two for one."""
+    batch = recipe.groups * (1 if groups[0]["counterfactuals"] else 2)
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = LeafArguments(
+            output_dir=folder,
+            max_steps=recipe.steps,
+            per_device_train_batch_size=batch,
+            learning_rate=recipe.learning_rate,
+            warmup_steps=20,
+            adam_beta2=0.98,
+            weight_decay=0.01,
+            max_tokens=MAX_TOKENS,
+            save_strategy="no",
+            logging_strategy="no",
+            disable_tqdm=True,
+            use_cpu=True,
+            seed=seed,
+        )
+        model = copy.deepcopy(student).requires_grad_(True)
+        trainer = LeafTrainer(model, copy.deepcopy(teacher), arguments, train_dataset=groups)
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+    model.set_attn_implementation("sdpa")
+    return model.eval()
+
+
+def summarise(preset: str, measured: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """`results.json` from the numbers of each seed."""
+    stacked = _stacked(measured)
+    arms = stacked["arms"]
+    paired = {
+        f"{a} - {b}": {test: [round(x - y, 4) for x, y in zip(arms[a][test], arms[b][test])] for test in TEST_SETS}
+        for a, b in COMPARISONS
+        if a in arms and b in arms
+    }
+    return {"preset": preset, "seeds": stacked.pop("seed"), **stacked, "paired": paired}
+
+
+def summary(results: dict[str, Any]) -> Table:
+    """The arms, and the paired differences on the adversarial test set, as a table for `rich`."""
+    table = Table(title=f"leaf demo, preset {results['preset']}: exact match, {len(results['seeds'])} seed(s)")
+    for column in ("arm", *TEST_SETS, "attention to confounder"):
+        table.add_column(column.replace("_", " "), justify="left" if column == "arm" else "right")
+    for arm, metrics in results["arms"].items():
+        values = [metrics[name] for name in (*TEST_SETS, "attention_to_confounder")]
+        table.add_row(arm, *map(_mean_sd, values))
+    table.add_section()
+    for name, differences in results["paired"].items():
+        values = [differences[test] for test in TEST_SETS]
+        table.add_row(
+            name, *(f"{_mean_sd(v, '+')}, worst {min(v):+.3f}" if len(v) > 1 else _mean_sd(v, "+") for v in values)
+        )
+    outside = [str(seed) for seed, ok in zip(results["seeds"], results["window"]["inside"]) if not ok]
+    if outside:
+        table.caption = f"seed {', '.join(outside)}: student outside the useful window; its comparison says little"
+    return table
+
+
+def _watched(rows: Rows, encoder: Encoder) -> list[Marked]:
+    """Test rows with the confounder marked."""
+    watched = []
+    for row in read_rows(rows):
+        (sample,) = encoder.encode(row)
+        confounder = marked(sample.text, sample.offsets, [row.record["confounder"]], row.record["prompt"])
+        watched.append(Marked(sample.input_ids, sample.response_start, confounder.tolist()))
+    return watched
+
+
+def _save_inputs(folder: Path, artifacts: Artifacts) -> None:
+    for name, model in (("teacher", artifacts.teacher), ("student", artifacts.student)):
+        model.save_pretrained(folder / "models" / name)
+        artifacts.tokenizer.save_pretrained(folder / "models" / name)
+    records = sorted((row.record for row in artifacts.rows), key=lambda record: not record["misleading"])
+    chosen = records[:5] + records[-5:]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(record) + "\n" for record in chosen))
+
+
+@contextmanager
+def _clock(seconds: dict[str, float], name: str) -> Iterator[None]:
+    began = time.perf_counter()
+    try:
+        yield
+    finally:
+        seconds[name] += time.perf_counter() - began
+
+
+def _stacked(items: Sequence[Any]) -> Any:
+    """Dicts of numbers to one dict of lists."""
+    if isinstance(items[0], dict):
+        return {key: _stacked([item[key] for item in items]) for key in items[0]}
+    return list(items)
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _rounded(one) for key, one in value.items()}
+    return round(value, 4) if isinstance(value, float) else value
+
+
+def _mean_sd(values: Sequence[float], sign: str = "") -> str:
+    x = torch.tensor(values, dtype=torch.float64)
+    return f"{float(x.mean()):{sign}.3f}" + (f" ± {float(x.std()):.3f}" if len(values) > 1 else "")
+
+
+def _write_json(path: Path, value: Any) -> None:
+    """Whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(value, indent=1) + "\n")
+    os.replace(temporary, path)

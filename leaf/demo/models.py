@@ -1,0 +1,171 @@
+"""The built-in task's models: a teacher that computes, a student that has learnt to read the sign."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+import torch
+import torch.nn.functional as F
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from .task import ANSWER, TEST_SETS, Row, drop_words, make_rows
+
+# A student outside these bounds before distillation shows little: it has no bias to remove, or cannot compute at all.
+WINDOW = {"in_distribution": (0.88, 1.0), "adversarial": (0.10, 0.35), "clean": (0.15, 0.40)}
+
+Track = Callable[[Iterable[int], int, str], Iterable[int]]  # items, how many, what they are
+
+BATCH = 64
+TEACHER_HIDDEN, STUDENT_HIDDEN = 96, 64
+STUDENT_CHECK_EVERY, STUDENT_FIRST_CHECK, STUDENT_MAX_STEPS = 10, 100, 400
+VALIDATION_ROWS, VALIDATION_MARGIN = 256, 0.02  # about one standard error inside the window
+
+
+def make_model(tokenizer: PreTrainedTokenizerBase, hidden: int, seed: int) -> LlamaForCausalLM:
+    """A two-layer Llama with untied embeddings: 216k parameters at hidden 96, 98k at 64."""
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=hidden,
+        intermediate_size=hidden * 8 // 3,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        initializer_range=0.04,  # at the default of 0.02 so small a model spends most of the steps on leaving its start
+        tie_word_embeddings=False,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return LlamaForCausalLM(config)
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, pairs: Sequence[tuple[str, str]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """(prompt, response) pairs, rendered and padded on the right: `input_ids` and `labels` [B, T] (-100 = no target)."""
+    turns = [[{"role": "user", "content": p}, {"role": "assistant", "content": r}] for p, r in pairs]
+    texts = tokenizer.apply_chat_template(turns, tokenize=False)
+    sequences = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    answer = tokenizer.convert_tokens_to_ids(ANSWER)  # the response follows it
+    width = max(map(len, sequences))
+    ids = torch.full((len(pairs), width), tokenizer.pad_token_id)
+    labels = torch.full_like(ids, -100)
+    for i, sequence in enumerate(sequences):
+        start = sequence.index(answer) + 1
+        ids[i, : len(sequence)] = torch.tensor(sequence)
+        labels[i, start : len(sequence)] = ids[i, start : len(sequence)]
+    return ids, labels
+
+
+def exact_match(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pairs: Sequence[tuple[str, str]]
+) -> list[bool]:
+    """Whether greedy decoding of each prompt gives exactly the response.
+
+    One teacher-forced forward decides it: greedy decoding follows the response as long as every argmax agrees with it.
+    """
+    correct: list[bool] = []
+    with torch.inference_mode():
+        for begin in range(0, len(pairs), 256):
+            ids, labels = encode(tokenizer, pairs[begin : begin + 256])
+            predicted = model(ids.to(model.device)).logits[:, :-1].argmax(-1).cpu()
+            correct += ((predicted == labels[:, 1:]) | (labels[:, 1:] == -100)).all(-1).tolist()
+    return correct
+
+
+def accuracy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row]) -> float:
+    """Share of rows whose whole response is reproduced."""
+    return sum(exact_match(model, tokenizer, [(row["prompt"], row["completion"]) for row in rows])) / len(rows)
+
+
+def in_window(scores: dict[str, float], margin: float = 0.0) -> bool:
+    """Whether a student before distillation lies in the window, `margin` inside its bounds (1.0 is no bound)."""
+    return all(
+        low + margin <= scores[name] <= (high if high == 1 else high - margin) for name, (low, high) in WINDOW.items()
+    )
+
+
+def _plain(items: Iterable[int], total: int, description: str) -> Iterable[int]:
+    return items
+
+
+def _train(
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    batches: Iterator[list[tuple[str, str]]],
+    *,
+    learning_rate: Callable[[int], float],
+    label_smoothing: float = 0.0,
+) -> Iterator[int]:
+    """AdamW on the response cross-entropy, one step per batch; yields the number of steps done."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, betas=(0.9, 0.98), weight_decay=0.01)
+    model.train()
+    for step, pairs in enumerate(batches, start=1):
+        ids, labels = encode(tokenizer, pairs)
+        hidden = model.model(ids).last_hidden_state[:, :-1]
+        target = labels[:, 1:] != -100
+        logits = model.lm_head(hidden[target])
+        loss = F.cross_entropy(logits, labels[:, 1:][target], label_smoothing=label_smoothing)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.param_groups[0]["lr"] = learning_rate(step)
+        optimizer.step()
+        yield step
+    model.eval()
+
+
+def _batches(rows: Sequence[Row]) -> Iterator[list[tuple[str, str]]]:
+    for begin in range(0, len(rows), BATCH):
+        yield [(row["prompt"], row["completion"]) for row in rows[begin : begin + BATCH]]
+
+
+def train_teacher(
+    tokenizer: PreTrainedTokenizerBase, seed: int, *, steps: int, spare_operands: bool = True, track: Track = _plain
+) -> LlamaForCausalLM:
+    """The teacher: the sign tells it nothing, and it has seen prompts with words missing.
+
+    In half of each batch every prompt word is deleted with p = 0.05. With `spare_operands` operands are never deleted;
+    without it they are, and rows that lost one are left out, so that nothing tells the teacher which words matter.
+    """
+    rows = make_rows("teacher", BATCH * steps, seed)
+    rng = random.Random(f"drop/{seed}")
+
+    def batches() -> Iterator[list[tuple[str, str]]]:
+        for begin in range(0, len(rows), BATCH):
+            batch = rows[begin : begin + BATCH]
+            dropped = [drop_words(row, rng, p=0.05, spare_operands=spare_operands) for row in batch[BATCH // 2 :]]
+            prompts = [row["prompt"] for row in batch[: BATCH // 2]] + dropped
+            yield [
+                (prompt, row["completion"]) for prompt, row in zip(prompts, batch, strict=True) if prompt is not None
+            ]
+
+    def learning_rate(step: int) -> float:
+        warm, progress = min(step / 20, 1.0), max(step - 20, 0) / max(steps - 20, 1)
+        return 3e-3 * warm * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * progress)))
+
+    model = make_model(tokenizer, TEACHER_HIDDEN, seed=1000 + seed)
+    training = _train(model, tokenizer, batches(), learning_rate=learning_rate, label_smoothing=0.05)
+    for _ in track(training, steps, f"seed {seed}: teacher"):
+        pass
+    return model.eval()
+
+
+def train_student(
+    tokenizer: PreTrainedTokenizerBase, seed: int, *, track: Track = _plain
+) -> tuple[LlamaForCausalLM, int]:
+    """The biased student, trained where the sign is right 95 % of the time until it lies in the window, and its steps."""
+    validation = {name: make_rows(f"validation/{name}", VALIDATION_ROWS, seed) for name in TEST_SETS}
+    model = make_model(tokenizer, STUDENT_HIDDEN, seed=2000 + seed)
+    rows = make_rows("student", BATCH * STUDENT_MAX_STEPS, seed)
+    training = _train(model, tokenizer, _batches(rows), learning_rate=lambda step: 3e-3 * min(step / 20, 1.0))
+    step = 0
+    for step in track(training, STUDENT_MAX_STEPS, f"seed {seed}: student"):
+        if step >= STUDENT_FIRST_CHECK and step % STUDENT_CHECK_EVERY == 0:
+            scores = {name: accuracy(model, tokenizer, rows) for name, rows in validation.items()}
+            if in_window(scores, margin=VALIDATION_MARGIN):
+                break
+    return model.eval(), step
