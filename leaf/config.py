@@ -108,9 +108,7 @@ class RunConfig:
         "teacher_right", "rows to keep; student_wrong = student wrong and teacher right (the paper)", "select"
     )
     responses: Literal["dataset", "teacher"] = _option("dataset", "whose response is the target", "select")
-    grader: str | None = _option(
-        None, "exact, math, qa, python or module:function (default: math)", "select verify eval"
-    )
+    grader: str = _option("math", "how answers are checked: exact, math, qa or module:function", "select verify eval")
     max_new_tokens: int = _option(512, "tokens that a model may generate", "select verify eval")
 
     level: Literal["instruction", "response", "both"] = _option("instruction", "which tokens are scored", "score prune")
@@ -191,6 +189,13 @@ class RunConfig:
         for name, table in (("preset", PRESETS), ("compat", COMPATIBILITY)):
             layers |= table.get(str(values.get(name)), {})
         return cls(**{**layers, **values})
+
+    def named(self, role: str) -> str:
+        """The name of the "teacher" or the "student", which a stage cannot do without."""
+        name = getattr(self, role)
+        if name is None:
+            raise ValueError(f"no {role}: give --{role} FOLDER_OR_HUB_ID (or `{role}:` in the config file)")
+        return name
 
     def stage_key(self, stage: str) -> dict[str, Any]:
         """The options whose change makes `stage` run again."""
