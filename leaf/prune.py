@@ -86,7 +86,7 @@ def prune_row(row: ScoreRow, config: PruneConfig) -> list[dict[str, Any]] | Skip
 
 def flags_of(row: ScoreRow, config: PruneConfig) -> torch.Tensor:
     """Flags of a row of the scores table, [n] bool: its confounding tokens, whole characters only."""
-    groups = _characters(row["offsets"])
+    groups = [(start, end) for start, end in characters(row["offsets"]) if end - start > 1]
     flaggable = _flaggable(row, config.protect, groups)
     tau = config.tau_response if row["level"] == "response" and config.tau_response is not None else config.tau
     flags = flag_tokens(
@@ -129,8 +129,8 @@ def _column(row: ScoreRow, name: str, fill: float = 0.0) -> torch.Tensor:
     return torch.tensor([fill if value is None else value for value in row[name]], dtype=torch.float32)
 
 
-def _characters(offsets: Sequence[Sequence[int]]) -> list[tuple[int, int]]:
-    """Runs of two and more tokens that share a character, as byte-level tokens of an emoji do."""
+def characters(offsets: Sequence[Sequence[int]]) -> list[tuple[int, int]]:
+    """Runs of tokens [start, end) that share characters, as byte-level tokens of an emoji do; most hold one token."""
     groups: list[list[int]] = []
     reached = 0
     for n, (start, end) in enumerate(offsets):
@@ -139,7 +139,7 @@ def _characters(offsets: Sequence[Sequence[int]]) -> list[tuple[int, int]]:
         else:
             groups.append([n, n + 1])
         reached = max(reached, end)
-    return [(start, end) for start, end in groups if end - start > 1]
+    return [(start, end) for start, end in groups]
 
 
 def _flaggable(row: ScoreRow, protect: Sequence[str], groups: Sequence[tuple[int, int]]) -> torch.Tensor:
