@@ -117,7 +117,9 @@ def _parser() -> _Parser:
         add_arguments(command(name, help, _stages), stages)
     export = command("export", "write the tables in other formats", _export)
     export.add_argument("--output", default="leaf-run", help="the run directory (default: leaf-run)")
-    export.add_argument("--format", choices=("released",), default="released", help="the authors' released files")
+    export.add_argument(
+        "--format", choices=("released", "trl"), default="released", help="the authors' files, or TRL's"
+    )
     export.add_argument("--to", default=None, help="folder to write into (default: OUTPUT/export)")
     return parser
 
@@ -152,8 +154,8 @@ def _stages(arguments: argparse.Namespace) -> int:
 
 
 def _export(arguments: argparse.Namespace) -> int:
-    from . import run
+    from . import stages
 
-    for path in run.export(arguments.output, arguments.format, arguments.to):
-        print(path)
+    for name, count in stages.export(arguments.output, arguments.format, arguments.to).items():
+        print(f"{name}: {count} records")
     return 0

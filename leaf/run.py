@@ -7,7 +7,6 @@ the others wait; all of them train. The stages themselves are in `leaf.stages`.
 from __future__ import annotations
 
 import collections
-import dataclasses
 import functools
 import logging
 import os
@@ -21,13 +20,12 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from . import __version__
-from .config import STAGES, RunConfig, did_you_mean
+from .config import STAGES, RunConfig
 from .data import Encoder, Row, Skip, check_pair, read_rows
 from .tables import Table, is_current, model_key, open_table, write_table
 
 if TYPE_CHECKING:
     from .prune import PruneConfig
-    from .trainer import LeafArguments
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -71,7 +69,8 @@ def make_encoder(config: RunConfig) -> Encoder:
     )
 
 
-def _device(config: RunConfig) -> torch.device:
+def device_of(config: RunConfig) -> torch.device:
+    """Where models run; under a launcher, each rank has its GPU."""
     if config.device != "auto":
         return torch.device(config.device)
     if not torch.cuda.is_available():
@@ -94,11 +93,12 @@ class Run:
 
     def load(self, name: str, dtype: torch.dtype | None = None) -> PreTrainedModel:
         """A model on the device, by default in `--dtype`."""
-        device = _device(self.config)
+        device = device_of(self.config)
         if dtype is None:
             auto = torch.bfloat16 if device.type == "cuda" else torch.float32
             dtype = auto if self.config.dtype == "auto" else getattr(torch, self.config.dtype)
-        return AutoModelForCausalLM.from_pretrained(name, dtype=dtype).to(device)
+        model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+        return model.to(device)
 
     @functools.cached_property
     def shared_vocabulary(self) -> int:
@@ -111,12 +111,11 @@ class Run:
         """Options of generated and graded answers."""
         return {name: getattr(self.config, name) for name in ("grader", "max_new_tokens", "max_tokens")}
 
-    def generation_key(self, role: str, **inputs: Any) -> dict[str, Any]:
+    def generation_key(self, model: str, **inputs: Any) -> dict[str, Any]:
         """What the answers of a model depend on besides `inputs`."""
-        names = ("grader", "max_new_tokens", "dtype")
-        options = {name: getattr(self.config, name) for name in names}
+        options = {name: getattr(self.config, name) for name in ("grader", "max_new_tokens", "dtype")}
         rendering = self.encoder.fingerprint
-        return {"leaf": __version__, "model": self.models()[role], "rendering": rendering, **options, **inputs}
+        return {"leaf": __version__, "model": model_key(model), "rendering": rendering, **options, **inputs}
 
     def models(self) -> dict[str, str]:
         """Keys of teacher and student, which must be two models of one vocabulary."""
@@ -176,6 +175,7 @@ def run_stages(config: RunConfig, stages: Sequence[str], ui: Ui | None = None) -
     Raises:
         ValueError: bad options or input, or no row left after a stage; names the remedy.
     """
+    from .distill import training_arguments
     from .stages import FUNCTIONS
 
     run = Run(config, ui)
@@ -197,29 +197,6 @@ def prune_options(config: RunConfig) -> PruneConfig:
 
     names = ("rule", "q", "tau", "tau_response", "cap", "mode", "signal", "seed")
     return PruneConfig(**{name: getattr(config, name) for name in names}, protect=config.keep)
-
-
-def training_arguments(config: RunConfig, folder: pathlib.Path) -> LeafArguments:
-    """The `LeafArguments` of a run: the options of `config`, and its `training` mapping beside them."""
-    from .trainer import LeafArguments
-
-    known = {f.name for f in dataclasses.fields(LeafArguments)}
-    own: dict[str, Any] = {
-        "output_dir": str(folder),
-        "seed": config.seed,
-        "use_cpu": _device(config).type == "cpu",
-        "loss_mode": config.loss,
-        "counterfactuals_per_sample": str(config.counterfactuals_per_sample),
-        "disable_tqdm": True,
-    }
-    for name in ("lambda_", "temperature", "divergence", "beta", "ce_weight", "max_tokens"):
-        own[name] = getattr(config, name)
-    for name in config.training:
-        if name in own:
-            raise ValueError(f"training: {name} is set by the run: use the option beside `training`, not inside it")
-        if name not in known:
-            raise ValueError(f"training: LeafArguments has no field {name!r}{did_you_mean(name, known)}")
-    return LeafArguments(**own, **config.training)
 
 
 def _listed(table: Table) -> str:

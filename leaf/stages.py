@@ -8,21 +8,28 @@ import itertools
 import json
 import logging
 import pathlib
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import torch
-from transformers import PrinterCallback, Trainer, TrainerCallback
 
 from . import __version__
+from . import export as formats
+from .attention import Marked, attention_to_marked
 from .data import Row, Sample, Skip
-from .run import Produced, Run, Ui, prune_options, read, training_arguments
-from .tables import Table, digest, open_table
+from .distill import distill
+from .prune import flags_of, prune_row
+from .run import Produced, Run, prune_options, read
+from .score import Sensitivity, score_row, sensitivities, skipped_row
+from .select import Answer, Selected, answer_rows, roles
+from .select import decide as decide_row
+from .tables import Table, digest, model_key, open_table
+from .verify import ROLES, answered_rightly
+from .verify import decide as decide_counterfactual
 
 if TYPE_CHECKING:
-    from .select import Selected
+    pass
 
 logger = logging.getLogger(__name__)
 
@@ -54,31 +61,33 @@ COUNTERFACTUALS = pa.schema(
         *(("prompt", _TEXT), ("response", _TEXT), ("verified", _BOOL), ("reason", _TEXT)),
     ]
 )
-TRAINING_LOG = pa.schema([("step", _INT), ("entry", _TEXT)])
+ATTENTION = pa.schema([("mass", _FLOAT)])
+EVALUATION = pa.schema([("metric", _TEXT), ("model", _TEXT), ("value", _FLOAT), ("count", _INT)])
 
 
-def answers(run: Run, stage: str, role: str, units: Sequence[Row]) -> Table:
-    """What a model answers each row, in a table of its own: the other model or the selection may change meanwhile."""
-    from .select import Answer, answer_rows
+def answers(run: Run, name: str, model: str, units: Sequence[Row]) -> Table:
+    """What a model answers each row, in a table of its own: another model or selection does not ask it again."""
 
     def produce(todo: Sequence[Row]) -> Produced:
-        for answer in answer_rows(run.load(run.name(role)), run.encoder, todo, **run.generation()):
+        for answer in answer_rows(run.load(model), run.encoder, todo, **run.generation()):
             if isinstance(answer, Answer):
-                yield [dataclasses.asdict(answer)], {"right" if answer.right else "not_right": 1}
+                right = {None: "unchecked", True: "right", False: "wrong"}[answer.right]
+                yield [{"response": answer.response, "right": answer.right}], {right: 1}
             else:
                 yield [{"skip": answer.reason, "detail": answer.detail}], {f"skipped:{answer.reason}": 1}
 
     asked = digest([dataclasses.asdict(row) for row in units])
-    return run.table(f"{stage}-{role}", run.generation_key(role, rows=asked), ANSWERS, units, produce)
+    return run.table(name, run.generation_key(model, rows=asked), ANSWERS, units, produce)
 
 
 def select(run: Run) -> Table:
     """The rows that are worth pruning, every other one with its reason."""
-    from .select import Answer, decide, roles
-
     units = list(read(run.config, run.config.data))
     rows = [unit for unit in units if isinstance(unit, Row)]
-    told = {role: answers(run, "select", role, rows) for role in roles(run.config.select, run.config.responses)}
+    asked = roles(run.config.select, run.config.responses)
+    if asked:
+        run.models()
+    told = {role: answers(run, f"select-{role}", run.name(role), rows) for role in asked}
 
     def answer(row: Mapping[str, Any]) -> Answer | Skip:
         return Skip("", row["skip"], row["detail"]) if row["skip"] else Answer(row["response"], row["right"])
@@ -88,7 +97,7 @@ def select(run: Run) -> Table:
         for unit in todo:
             if isinstance(unit, Row):
                 each = {role: answer(next(given[role])) if role in given else None for role in ("teacher", "student")}
-                chosen = decide(unit, **each, select=run.config.select, responses=run.config.responses)
+                chosen = decide_row(unit, **each, select=run.config.select, responses=run.config.responses)
                 row = _stored(chosen)
             else:
                 row = {"id": unit.id, "status": "skipped", "reason": unit.reason, "detail": unit.detail}
@@ -106,9 +115,8 @@ def select(run: Run) -> Table:
 
 def score(run: Run) -> Table:
     """Both sensitivities and the score of every sample (E1–E3)."""
-    from .score import Sensitivity, score_row, sensitivities, skipped_row
-
-    kept = [restore_row(row) for row in open_table(run.folder / "select") if row["status"] == "ok"]
+    selected = open_table(run.folder / "select")
+    kept = [row for row in (restore_row(row) for row in selected if row["status"] == "ok") if isinstance(row, Row)]
     both = ("instruction", "response")
     levels = both if run.config.level == "both" else (run.config.level,)
     encode = functools.partial(run.encoder.encode, segments=run.config.segments)
@@ -137,8 +145,8 @@ def score(run: Run) -> Table:
     def merge(todo: Sequence[Sample | Skip]) -> Produced:
         measured = zip(*(_from(table, units, todo, Sample) for table in (teacher, student)))
         for unit in todo:
-            skip = isinstance(unit, Skip)
-            row = skipped_row(unit) if skip else score_row(unit, *map(sensitivity, next(measured)))
+            own = map(sensitivity, next(measured)) if isinstance(unit, Sample) else ()
+            row = skipped_row(unit) if isinstance(unit, Skip) else score_row(unit, *own)
             yield [row], _status(row)
 
     teacher, student = measure("teacher"), measure("student")
@@ -151,13 +159,11 @@ def score(run: Run) -> Table:
 
 def prune(run: Run) -> Table:
     """Counterfactuals, not verified yet (E4, E5)."""
-    from .prune import prune_row
-
     scores = open_table(run.folder / "score")
     options = prune_options(run.config)
 
-    def produce(todo: range) -> Produced:
-        for row in itertools.islice(scores, todo.start, None):
+    def produce(todo: Sequence[int]) -> Produced:
+        for row in itertools.islice(scores, todo[0], None):
             pruned = prune_row(row, options)
             if isinstance(pruned, Skip):
                 yield [], {f"no_counterfactual:{pruned.reason}": 1}
@@ -172,28 +178,26 @@ def prune(run: Run) -> Table:
 
 def verify(run: Run) -> Table:
     """Counterfactuals with the verdict of the models (E6)."""
-    from .verify import ROLES, answered_rightly, decide
-
     pruned, selected = open_table(run.folder / "prune"), open_table(run.folder / "select")
     answers = {row["id"]: row["answer"] for row in selected.arrow(["id", "answer"]).to_pylist()}
     units = range(len(pruned))
 
     def ask(role: str) -> Table:
-        def produce(todo: range) -> Produced:
-            rows = list(itertools.islice(pruned, todo.start, None))
+        def produce(todo: Sequence[int]) -> Produced:
+            rows = list(itertools.islice(pruned, todo[0], None))
             model = run.load(run.name(role))
             for right in answered_rightly(model, run.encoder, rows, answers, **run.generation()):
                 yield [{"right": right}], {}
 
-        key = run.generation_key(role, counterfactuals=pruned.fingerprint, answers=digest(answers))
+        key = run.generation_key(run.name(role), counterfactuals=pruned.fingerprint, answers=digest(answers))
         return run.table(f"verify-{role}", key, ANSWERS, units, produce)
 
     told = {role: ask(role) for role in ROLES[str(run.config.verify)]}
 
-    def produce(todo: range) -> Produced:
-        rights = {role: itertools.islice(table, todo.start, None) for role, table in told.items()}
-        for row in itertools.islice(pruned, todo.start, None):
-            verdict = decide(row, {role: next(right)["right"] for role, right in rights.items()})
+    def produce(todo: Sequence[int]) -> Produced:
+        rights = {role: itertools.islice(table, todo[0], None) for role, table in told.items()}
+        for row in itertools.islice(pruned, todo[0], None):
+            verdict = decide_counterfactual(row, {role: next(right)["right"] for role, right in rights.items()})
             yield [verdict], {"kept" if verdict["verified"] is not False else f"dropped:{verdict['reason']}": 1}
 
     fingerprints = {role: table.fingerprint for role, table in told.items()}
@@ -208,44 +212,83 @@ def verify(run: Run) -> Table:
     return table
 
 
-def distill(run: Run) -> Table:
-    """Trains the student; the model goes to `model/`, the log of the training into the table."""
-    from .pack import build_groups
-    from .trainer import LeafTrainer
+def evaluate(run: Run) -> Table:
+    """The student before and after: accuracy on the evaluation rows, attention on what is flagged in the scored rows."""
+    after = run.folder / "model"
+    if not after.is_dir():
+        raise ValueError(f"{after} is missing: remove {run.folder / 'distill'} and run `leaf distill` again")
+    rows = [unit for unit in read(run.config, run.config.eval_data or run.config.data) if isinstance(unit, Row)]
+    scores = open_table(run.folder / "score")
+    options = prune_options(run.config)
 
-    scores, counterfactuals = open_table(run.folder / "score"), open_table(run.folder / "verify")
-    tables = {"scores": scores.fingerprint, "counterfactuals": counterfactuals.fingerprint}
-    key = run.key("distill", **tables, **run.models())
-    # Named by what goes in: a checkpoint of other inputs must never be resumed from.
-    checkpoints = run.folder / "checkpoints" / digest(key)
-    arguments = training_arguments(run.config, checkpoints)
+    marked = [
+        Marked(row["input_ids"], row["response_start"], flags_of(row, options).tolist())
+        for row in scores
+        if row["status"] == "ok"
+    ]
 
-    def train(_: Sequence[None]) -> Produced:
-        encode = run.encoder.encode_text
-        groups = build_groups(scores, counterfactuals, encode, originals=run.config.originals)
-        trainer = LeafTrainer(
-            run.load(run.name("student"), torch.float32),
-            run.load(run.name("teacher")),
-            arguments,
-            train_dataset=groups,
-            vocab_size=run.shared_vocabulary,
-            processing_class=run.encoder.tokenizer,
-        )
-        _report_progress(trainer, run.ui)
-        last = _last_checkpoint(checkpoints)
-        if last:
-            run.ui.say(f"distill: resumed from {last.name}")
-        trainer.train(resume_from_checkpoint=str(last) if last else None)
-        unfinished = run.folder / "model.tmp"
-        trainer.save_model(str(unfinished))  # every rank: a sharded model is gathered from all
-        if run.is_writer:
-            shutil.rmtree(run.folder / "model", ignore_errors=True)
-            unfinished.rename(run.folder / "model")
-        log = trainer.state.log_history
-        counts = {"groups": len(groups), "steps": trainer.state.global_step}
-        yield [{"step": entry["step"], "entry": json.dumps(entry)} for entry in log], counts
+    def attention(name: str, model: str) -> Table:
+        def produce(todo: Sequence[Marked]) -> Produced:
+            for mass in attention_to_marked(run.load(model), todo, max_tokens=run.config.max_tokens):
+                yield [{"mass": mass}], {}
 
-    return run.table("distill", key, TRAINING_LOG, [None], train, collective=True)
+        flagged = {"scores": scores.fingerprint, "flags": dataclasses.asdict(options)}
+        key = {"leaf": __version__, "model": model_key(model), "dtype": run.config.dtype, **flagged}
+        return run.table(name, key, ATTENTION, marked, produce)
+
+    def metrics(label: str) -> list[dict[str, Any]]:
+        answered, attended = told[label]
+        checked = answered.counts.get("right", 0) + answered.counts.get("wrong", 0)
+        accuracy = answered.counts.get("right", 0) / checked if checked else None
+        masses = [row["mass"] for row in attended]
+        return [
+            {"metric": "accuracy", "model": label, "value": accuracy, "count": checked},
+            {"metric": "attention", "model": label, "value": sum(masses) / len(masses), "count": len(masses)},
+        ]
+
+    told = {
+        label: (answers(run, f"eval-{label}", model, rows), attention(f"attention-{label}", model))
+        for label, model in (("before", run.name("student")), ("after", str(after)))
+    }
+
+    def produce(labels: Sequence[str]) -> Produced:
+        for label in labels:
+            yield metrics(label), {}
+
+    key = {"leaf": __version__, "inputs": [table.fingerprint for pair in told.values() for table in pair]}
+    table = run.table("eval", key, EVALUATION, list(told), produce)
+    for row in table:
+        value = "not measured (no row has an answer to check)" if row["value"] is None else f"{row['value']:.3f}"
+        run.ui.say(f"eval: {row['metric']} {row['model']}: {value} ({row['count']} rows)")
+    return table
+
+
+def report(run: Run) -> None:
+    """report.html, plots/ and tokens.csv, from whatever tables there are."""
+    from .report import save_plots, write_csv, write_report
+
+    if not run.is_writer:
+        return
+    tables: dict[str, Any] = {"scores": open_table(run.folder / "score")}
+    tables["counterfactuals"] = open_table(run.folder / "verify")
+    results: dict[str, Any] = {"run": {name: run.config.named(name) for name in ("teacher", "student")}}
+    results["counts"] = {name: open_table(run.folder / name).counts for name in ("select", "score", "prune", "verify")}
+    if (run.folder / "eval").is_dir():
+        for row in open_table(run.folder / "eval"):
+            results.setdefault(row["metric"], {})[row["model"]] = row["value"]
+    attention = results.pop("attention", None)
+    path = write_report(run.folder / "report.html", **tables, results=results, attention=attention)
+    save_plots(run.folder / "plots", **tables, results=results, attention=attention)
+    write_csv(run.folder / "tokens.csv", **tables)
+    run.ui.say(f"report: {path}")
+
+
+def export(output: str, format: str, to: str | None) -> dict[str, int]:
+    """The tables of a run directory in another format; returns the records in each file written."""
+    folder = pathlib.Path(output)
+    rows = [restore_row(row) for row in open_table(folder / "select")]
+    scores, counterfactuals = open_table(folder / "score").rows(), open_table(folder / "verify").rows()
+    return formats.export(to or folder / "export", format, rows, scores, counterfactuals)
 
 
 FUNCTIONS: dict[str, Callable[[Run], Any]] = {
@@ -254,11 +297,15 @@ FUNCTIONS: dict[str, Callable[[Run], Any]] = {
     "prune": prune,
     "verify": verify,
     "distill": distill,
+    "eval": evaluate,
+    "report": report,
 }
 
 
-def restore_row(row: Mapping[str, Any]) -> Row:
-    """A `Row` from the select table."""
+def restore_row(row: Mapping[str, Any]) -> Row | Skip:
+    """What was read, from the select table."""
+    if row["messages"] is None:
+        return Skip(row["id"], row["reason"], row["detail"])
     scored = [(message, start, end) for message, start, end in row["scored"]]
     return Row(row["id"], json.loads(row["messages"]), scored, row["answer"], json.loads(row["record"]))
 
@@ -285,34 +332,3 @@ def _from(table: Table, units: Sequence[Any], todo: Sequence[Any], kind: type) -
 
 def _status(row: Mapping[str, Any]) -> dict[str, int]:
     return {":".join(filter(None, (row["status"], row["reason"]))): 1}
-
-
-def _last_checkpoint(folder: pathlib.Path) -> pathlib.Path | None:
-    """The newest checkpoint that is whole: its trainer_state.json is written last."""
-    steps = {}
-    for path in folder.glob("checkpoint-*/trainer_state.json"):
-        try:
-            steps[json.loads(path.read_text())["global_step"]] = path.parent
-        except json.JSONDecodeError:
-            logger.warning("%s is cut off; an older checkpoint is used", path.parent)
-    return steps[max(steps)] if steps else None
-
-
-def _report_progress(trainer: Trainer, ui: Ui) -> None:
-    """The run's own messages and bar instead of the Trainer's."""
-
-    class Progress(TrainerCallback):
-        def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            todo = state.max_steps - state.global_step
-            self.bar = iter(ui.track(range(todo), todo, "distill"))
-            next(self.bar, None)  # the bar counts an item when the next one is asked for
-
-        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            next(self.bar, None)
-
-        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-            if "loss" in logs:
-                ui.say(f"distill: step {state.global_step}, loss {float(logs['loss']):.4g}")
-
-    trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(Progress())

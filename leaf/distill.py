@@ -1,0 +1,114 @@
+"""The training stage of a run."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import pathlib
+import shutil
+from collections.abc import Sequence
+from typing import Any
+
+import pyarrow as pa
+import torch
+from transformers import PrinterCallback, Trainer, TrainerCallback
+
+from .config import RunConfig, did_you_mean
+from .pack import build_groups
+from .run import Produced, Run, Ui, device_of
+from .tables import Table, digest, open_table
+from .trainer import LeafArguments, LeafTrainer
+
+logger = logging.getLogger(__name__)
+
+TRAINING_LOG = pa.schema([("step", pa.int64()), ("entry", pa.string())])
+
+
+def distill(run: Run) -> Table:
+    """Trains the student; the model goes to `model/`, the log of the training into the table."""
+    scores, counterfactuals = open_table(run.folder / "score"), open_table(run.folder / "verify")
+    tables = {"scores": scores.fingerprint, "counterfactuals": counterfactuals.fingerprint}
+    key = run.key("distill", **tables, **run.models())
+    # Named by what goes in: a checkpoint of other inputs must never be resumed from.
+    checkpoints = run.folder / "checkpoints" / digest(key)
+    arguments = training_arguments(run.config, checkpoints)
+
+    def train(_: Sequence[None]) -> Produced:
+        encode = run.encoder.encode_text
+        groups = build_groups(scores, counterfactuals, encode, originals=run.config.originals)
+        trainer = LeafTrainer(
+            run.load(run.name("student"), torch.float32),
+            run.load(run.name("teacher")),
+            arguments,
+            train_dataset=groups,
+            vocab_size=run.shared_vocabulary,
+            processing_class=run.encoder.tokenizer,
+        )
+        _report_progress(trainer, run.ui)
+        last = _last_checkpoint(checkpoints)
+        if last:
+            run.ui.say(f"distill: resumed from {last.name}")
+        trainer.train(resume_from_checkpoint=str(last) if last else None)
+        unfinished = run.folder / "model.tmp"
+        trainer.save_model(str(unfinished))  # every rank: a sharded model is gathered from all
+        if run.is_writer:
+            shutil.rmtree(run.folder / "model", ignore_errors=True)
+            unfinished.rename(run.folder / "model")
+        log = trainer.state.log_history
+        counts = {"groups": len(groups), "steps": trainer.state.global_step}
+        yield [{"step": entry["step"], "entry": json.dumps(entry)} for entry in log], counts
+
+    return run.table("distill", key, TRAINING_LOG, [None], train, collective=True)
+
+
+def training_arguments(config: RunConfig, folder: pathlib.Path) -> LeafArguments:
+    """The `LeafArguments` of a run: the options of `config`, and its `training` mapping beside them."""
+    known = {f.name for f in dataclasses.fields(LeafArguments)}
+    own: dict[str, Any] = {
+        "output_dir": str(folder),
+        "seed": config.seed,
+        "use_cpu": device_of(config).type == "cpu",
+        "loss_mode": config.loss,
+        "counterfactuals_per_sample": str(config.counterfactuals_per_sample),
+        "disable_tqdm": True,
+    }
+    for name in ("lambda_", "temperature", "divergence", "beta", "ce_weight", "max_tokens"):
+        own[name] = getattr(config, name)
+    for name in config.training:
+        if name in own:
+            raise ValueError(f"training: {name} is set by the run: use the option beside `training`, not inside it")
+        if name not in known:
+            raise ValueError(f"training: LeafArguments has no field {name!r}{did_you_mean(name, known)}")
+    return LeafArguments(**own, **config.training)
+
+
+def _last_checkpoint(folder: pathlib.Path) -> pathlib.Path | None:
+    """The newest checkpoint that is whole: its trainer_state.json is written last."""
+    steps = {}
+    for path in folder.glob("checkpoint-*/trainer_state.json"):
+        try:
+            steps[json.loads(path.read_text())["global_step"]] = path.parent
+        except json.JSONDecodeError:
+            logger.warning("%s is cut off; an older checkpoint is used", path.parent)
+    return steps[max(steps)] if steps else None
+
+
+def _report_progress(trainer: Trainer, ui: Ui) -> None:
+    """The run's own messages and bar instead of the Trainer's."""
+
+    class Progress(TrainerCallback):
+        def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            todo = state.max_steps - state.global_step
+            self.bar = iter(ui.track(range(todo), todo, "distill"))
+            next(self.bar, None)  # the bar counts an item when the next one is asked for
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            next(self.bar, None)
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+            if "loss" in logs:
+                ui.say(f"distill: step {state.global_step}, loss {float(logs['loss']):.4g}")
+
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(Progress())
