@@ -51,7 +51,7 @@ def read_rows(
 ) -> Iterator[Row | Skip]:
     """Reads rows from a JSON list, JSONL or Parquet file, a dataset name, or an iterable of dicts.
 
-    A dataset is named `NAME`, `NAME:SPLIT` or `NAME:CONFIG:SPLIT` (split "train" by default). The prompt comes from
+    A dataset (hub id or folder) is named `NAME`, `NAME:SPLIT` or `NAME:CONFIG:SPLIT`; the split is "train" by default. The prompt comes from
     `prompt_template` or `prompt_column`, else from the first of `messages`, `instruction` (+ `input`), `prompt`,
     `context_messages` that the row has; the response from `response_column`, else from `messages`, `output`
     (with `step_response` before it) or `completion`; the answer from `answer_column`, else `prompt_answer` or `answer`.
@@ -111,12 +111,12 @@ def _records(data: str | Path | Iterable[Mapping[str, Any]]) -> Iterator[tuple[s
         yield from ((f"{path}: row {n}", r) for n, r in enumerate(r for batch in batches for r in batch.to_pylist()))
     elif path.is_file():
         yield from _json_records(path)
-    elif path.suffix in (".json", ".jsonl") or path.is_absolute():
-        raise FileNotFoundError(f"{path}: no such file")
     else:
+        name, *config, split = str(data).split(":") if ":" in str(data) else (str(data), "train")
+        if Path(name).suffix in (".json", ".jsonl") or (Path(name).is_absolute() and not Path(name).is_dir()):
+            raise FileNotFoundError(f"{path}: no such file")
         import datasets
 
-        name, *config, split = str(data).split(":") if ":" in str(data) else (str(data), "train")
         rows = datasets.load_dataset(name, *config, split=split)
         yield from ((f"{data}: row {n}", record) for n, record in enumerate(rows))
 

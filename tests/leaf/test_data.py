@@ -102,6 +102,24 @@ def test_files_agree(tmp_path) -> None:
     assert list(read_rows(records, limit=2)) == read[0][:2]
 
 
+def test_dataset_names(tmp_path, monkeypatch) -> None:
+    asked: list[tuple] = []
+
+    def load_dataset(*names: str, split: str) -> list[dict]:
+        asked.append((*names, split))
+        return [{"instruction": "a", "output": "b"}]
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    for name in ("openai/gsm8k:main:test", "some/rows:test", "some/rows", tmp_path):
+        assert len(list(read_rows(name))) == 1
+    assert asked == [
+        ("openai/gsm8k", "main", "test"),
+        ("some/rows", "test"),
+        ("some/rows", "train"),
+        (str(tmp_path), "train"),
+    ]
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
