@@ -72,7 +72,7 @@ def run(
             first = artifacts
             _save_inputs(folder, artifacts)
         results = summarise(preset, measured)
-        _write_json(folder / "results.json", results)  # after every seed: a run that is stopped keeps what it has
+        write_json(folder / "results.json", results)  # after every seed: a run that is stopped keeps what it has
     tables: dict[str, Any] = {"scores": first.scores, "counterfactuals": first.counterfactuals}
     report.save_plots(folder / "plots", results=results, **tables)
     report.write_report(folder / "report.html", results=results, title=f"leaf demo, preset {preset}", **tables)
@@ -268,8 +268,8 @@ def _mean_sd(values: Sequence[float], sign: str = "") -> str:
     return f"{float(x.mean()):{sign}.3f}" + (f" ± {float(x.std()):.3f}" if len(values) > 1 else "")
 
 
-def _write_json(path: Path, value: Any) -> None:
-    """Whole or not at all."""
+def write_json(path: Path, value: Any) -> None:
+    """Writes a JSON file whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(value, indent=1) + "\n")

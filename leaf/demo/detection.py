@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -42,7 +43,7 @@ def detection(
     student's norm alone. `precision`: share of flagged tokens that are Z. `recall`: share of rows whose Z is flagged.
     `operands_flagged`: share of flagged tokens that are operands, which must not be deleted.
     """
-    ranks: dict[str, list[float]] = {}
+    ranks: dict[str, list[float]] = defaultdict(list)
     flagged = {"gradient": [0, 0, 0], "student_gradient": [0, 0, 0]}  # tokens, confounders, operands
     count = 0
     for row in rows:
@@ -61,16 +62,15 @@ def detection(
             ("auroc_misleading", record["misleading"]),
             ("auroc_student_wrong_misleading", wrong and record["misleading"]),
         ):
-            if wanted:
-                ranks.setdefault(name, []).append(rank)
-        ranks.setdefault("auroc_student_gradient", []).append(_rank(-_column(row, "student_norm"), z, scored))
+            ranks[name] += [rank] if wanted else []
+        ranks["auroc_student_gradient"].append(_rank(-_column(row, "student_norm"), z, scored))
         for signal, totals in flagged.items():
             flags = flags_of(row, PruneConfig(signal=signal))
             for i, chosen in enumerate((flags, flags[z], flags & operands)):
                 totals[i] += int(chosen.sum())
     tokens, confounders, operands_flagged = flagged["gradient"]
     return {
-        **{name: sum(values) / len(values) for name, values in sorted(ranks.items())},
+        **{name: sum(values) / len(values) if values else None for name, values in sorted(ranks.items())},
         "precision": confounders / tokens,
         "recall": confounders / count,
         "operands_flagged": operands_flagged / tokens,

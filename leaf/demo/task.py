@@ -48,7 +48,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     """One id per word (fewer than 70), offsets into the text, and the chat template of the task."""
     sentences = " ".join([_QUESTION, _RESPONSE, *FILLERS])
     words = dict.fromkeys([*_SPECIAL.values(), ANSWER, *NUMBERS, *NAMES, *ITEMS, *sentences.split()])
-    tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}))
+    tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token=_SPECIAL["pad_token"]))
     tokenizer.pre_tokenizer = WhitespaceSplit()
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,

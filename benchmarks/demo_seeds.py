@@ -1,0 +1,81 @@
+"""Runs a preset of `leaf demo` on many seeds, one JSON file per seed, and sums them up.
+
+    python benchmarks/demo_seeds.py --preset fast --seeds 0-11
+    python benchmarks/demo_seeds.py --preset full --seeds 2-6
+    python benchmarks/demo_seeds.py --preset fast --seeds 2-6 --any-word
+
+Seeds that have a file are not run again, so several processes can share the work and a killed one goes on. The summary
+(`<name>.json` beside the folder of the seeds, in the form of the demo's results.json) is written after every seed, and its
+plot, `<name>.png`, at the end. `--any-word` trains the teacher on prompts from which any word may be missing, operands
+included: its deletions then tell it nothing about which words matter.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import platform
+from pathlib import Path
+
+import torch
+import transformers
+from rich.console import Console
+
+from leaf import __version__
+from leaf.demo.arms import RECIPES
+from leaf.demo.comparison import run_seed, summarise, summary, write_json
+from leaf.plots import plot_arms
+
+RESULTS = Path(__file__).parent / "results" / "demo"
+
+
+class Ui:
+    """Messages, but no bars: several of these run side by side, into log files."""
+
+    def __init__(self, console: Console):
+        self.console = console
+
+    def say(self, message: str) -> None:
+        self.console.print(message, markup=False, highlight=False)
+
+    def track(self, items, total, description):
+        return items
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", choices=tuple(RECIPES), default="fast")
+    parser.add_argument("--seeds", default="0-11", help="e.g. 0-11 or 2,3,7 (default: %(default)s)")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--any-word", action="store_true")
+    arguments = parser.parse_args()
+    first, _, last = arguments.seeds.partition("-")
+    seeds = range(int(first), int(last) + 1) if last else [int(seed) for seed in arguments.seeds.split(",")]
+
+    torch.set_num_threads(arguments.threads)
+    recipe, name, console = RECIPES[arguments.preset], arguments.preset, Console()
+    if arguments.any_word:
+        arms = ("kd", "random", "student_gradient", "leaf")
+        recipe, name = dataclasses.replace(recipe, arms=arms, spare_operands=False), f"{name}_any_word"
+    environment = {
+        "leaf": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "threads": arguments.threads,
+        "processor": platform.processor() or platform.machine(),
+    }
+    folder = RESULTS / name
+    for seed in seeds:
+        path = folder / f"seed-{seed:02d}.json"
+        if not path.exists():
+            measured, _ = run_seed(recipe, seed, Ui(console))
+            write_json(path, {**measured, "environment": environment})
+        results = summarise(name, [json.loads(path.read_text()) for path in sorted(folder.glob("seed-*.json"))])
+        write_json(RESULTS / f"{name}.json", results)
+    plot_arms(results)[0].savefig(RESULTS / f"{name}.png", dpi=160)
+    console.print(summary(results))
+
+
+if __name__ == "__main__":
+    main()
