@@ -77,7 +77,7 @@ def linear_kl(
     Numerics: operands are rounded to autocast's dtype when it is active (fp32 parameters are fine then), otherwise all
     tensors must share one dtype. Logits, losses and accumulators are fp32 (fp64 for fp64).
 
-    Memory: scratch of the larger of 256 MiB and the fp32 weight gradient, at most 2 GiB, plus the gradients that were asked
+    Memory: scratch of the larger of 128 MiB and the fp32 weight gradient, at most 2 GiB, plus the gradients that were asked
     for; nothing grows with N · V. Under `no_grad` no gradient is computed.
 
     Raises:

@@ -32,13 +32,13 @@ Criterion = Callable[[torch.Tensor, torch.Tensor, slice, bool], torch.Tensor]
 
 
 def default_chunk_rows(vocab: int, dim: int, dtype: torch.dtype) -> int:
-    """Rows per chunk: scratch as large as the weight's gradient, but at least 256 MiB and at most 2 GiB.
+    """Rows per chunk: scratch as large as the weight's gradient, but at least 128 MiB and at most 2 GiB.
 
     A chunk costs a pass over dW ([V, D]), which that many rows pay for. Never a function of free memory: results must not
     depend on what else is on the device.
     """
     itemsize = accumulator_dtype(dtype).itemsize
-    scratch = min(max(vocab * dim * itemsize, 2**28), 2**31)
+    scratch = min(max(vocab * dim * itemsize, 2**27), 2**31)
     rows = scratch // (4 * vocab * itemsize)  # logits and log-probabilities of both models
     return max(rows // 64 * 64, min(rows, 64), 1)
 

@@ -1,0 +1,235 @@
+"""token_scores, flag_tokens and flagged_spans: laws, the paper's vector, and a loop over segments as the oracle."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from leaf_kernels import SharedPrefixLayout, flag_tokens, flagged_spans, token_scores
+from leaf_kernels.testing import ragged_lengths, ragged_starts, refuse_host_sync
+
+INF, NAN = math.inf, math.nan
+
+
+def starts(*values: int) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.int32)
+
+
+def pack(seed: int, tail: int = 3, segments: int = 7) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    segment_starts = ragged_starts(ragged_lengths(segments, 9, seed=seed))
+    N = int(segment_starts[-1]) + tail
+    g = torch.Generator().manual_seed(seed)
+    teacher, student = torch.randn(N, 6, generator=g), torch.randn(N, 4, generator=g)
+    return teacher, student, segment_starts, torch.rand(N, generator=g) < 0.7
+
+
+def slices(segment_starts: torch.Tensor) -> list[slice]:
+    edges = segment_starts.tolist()
+    return [slice(a, b) for a, b in itertools.pairwise(edges)]
+
+
+def min_max(values: list[float], constant: float) -> list[float]:
+    low, high = min(values), max(values)
+    return [(v - low) / (high - low) if high > low else constant for v in values]
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 10**6), masked=st.booleans(), tail=st.integers(0, 3))
+def test_scores_are_those_of_a_loop(seed, masked, tail):
+    teacher, student, segment_starts, scored = pack(seed, tail)
+    out = token_scores(teacher, student, segment_starts, scored=scored if masked else None)
+    norms, score = torch.zeros(2, len(teacher)), torch.full((len(teacher),), INF)
+    for here in slices(segment_starts):
+        rows = [i for i in range(here.start, here.stop) if scored[i] or not masked]
+        if rows:
+            norms[:, rows] = torch.stack([teacher[rows].norm(dim=1), student[rows].norm(dim=1)])
+            t, s = (min_max(n[rows].tolist(), 0.0) for n in norms)
+            score[rows] = torch.tensor(min_max([a - b for a, b in zip(t, s)], 1.0))
+    torch.testing.assert_close((out.teacher_norm, out.student_norm, out.score), (*norms, score))
+
+
+def test_scaling_a_model_changes_nothing():
+    teacher, student, segment_starts, _ = pack(0)
+    score = token_scores(teacher, student, segment_starts).score
+    torch.testing.assert_close(token_scores(teacher * 1e-3, student * 8, segment_starts).score, score)
+
+
+def test_constants():
+    """A constant norm normalises to 0; a constant difference scores 1, so that nothing is flagged."""
+    one = torch.ones(4, 1)
+    ramp = torch.tensor([[1.0], [2.0], [3.0], [5.0]])
+    segment_starts = starts(0, 4)
+    assert token_scores(one, ramp, segment_starts).score.tolist() == [1, 0.75, 0.5, 0]
+    assert token_scores(ramp, one, segment_starts).score.tolist() == [0, 0.25, 0.5, 1]
+    for teacher, student in ((one, one), (ramp, ramp), (ramp[:1], one[:1])):
+        where = starts(0, len(teacher))
+        score = token_scores(teacher, student, where).score
+        assert score.tolist() == [1] * len(teacher)
+        assert not flag_tokens(score, where, q=0.9).any()
+
+
+@pytest.mark.parametrize("bad", [NAN, INF, -INF])
+def test_non_finite_norms_stay_in_their_segment(bad):
+    teacher, student = torch.arange(1.0, 10).square()[:, None], torch.ones(9, 1)
+    segment_starts, scored = starts(0, 3, 6, 9), torch.ones(9, dtype=torch.bool)
+    scored[5] = scored[8] = False
+    clean = token_scores(teacher, student, segment_starts, scored=scored)
+    teacher[4] = teacher[8] = bad  # scored in the second segment, not scored in the third
+    out = token_scores(teacher, student, segment_starts, scored=scored)
+    assert out.score[3:5].isnan().all()
+    assert out.score[[5, 8]].tolist() == [INF, INF]
+    rest = [0, 1, 2, 6, 7]
+    assert torch.equal(out.score[rest], clean.score[rest])
+    assert flag_tokens(out.score, segment_starts, q=0.0).nonzero().flatten().tolist() == [0, 6]
+    assert not flag_tokens(out.score, segment_starts, rule="threshold", tau=2.0)[3:6].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_norms_are_accumulated_wide(dtype):
+    """Entries of 1e-4 square to 0 in fp16, and a bf16 sum of 4096 ones stops at 256."""
+    gradient = torch.full((3, 4096), 1e-4, dtype=dtype)
+    out = token_scores(gradient, torch.ones(3, 4096, dtype=dtype), starts(0, 3))
+    wide = torch.float64 if dtype is torch.float64 else torch.float32
+    assert {x.dtype for x in out} == {wide}
+    torch.testing.assert_close(out.teacher_norm, gradient.to(wide).norm(dim=1))
+    torch.testing.assert_close(out.student_norm, torch.full((3,), 64.0, dtype=wide))
+    mixed = token_scores(gradient, torch.ones(3, 2), starts(0, 3))
+    torch.testing.assert_close(mixed.student_norm, torch.full((3,), 2**0.5))
+
+
+PAPER = [0.01, 0.02, 0.9, 0.03, 0.8, 0.7, 0.7, 0.7, 0.9, 0.9, 0.8, 0.7, 0.6]
+
+
+@pytest.mark.parametrize(
+    ("rule", "spans"),
+    [
+        ({"q": 0.05}, [(0, 0, 1)]),
+        ({"q": 0.10}, [(0, 0, 2)]),
+        ({"rule": "threshold", "tau": 0.05}, [(0, 0, 2), (0, 3, 4)]),
+    ],
+)
+def test_parity_vector(rule, spans):
+    score, segment_starts = torch.tensor(PAPER), starts(0, 13)
+    assert flagged_spans(flag_tokens(score, segment_starts, **rule), segment_starts).to_list() == spans
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 10**6),
+    rule=st.sampled_from([{"q": q} for q in (0, 0.05, 0.29, 0.5, 1)] + [{"rule": "threshold", "tau": 0.3}]),
+    cap=st.sampled_from([0.5, 0.2, INF]),
+    protect=st.booleans(),
+)
+def test_flags_and_spans_are_those_of_a_loop(seed, rule, cap, protect):
+    _, _, segment_starts, scored = pack(seed)
+    g = torch.Generator().manual_seed(seed)
+    score = torch.randint(0, 12, scored.shape, generator=g) / 12  # with ties
+    score[~scored] = INF
+    flaggable = torch.rand(scored.shape, generator=g) < 0.8 if protect else None
+    flags = flag_tokens(score, segment_starts, cap=cap, flaggable=flaggable, **rule)
+    expected, spans = torch.zeros_like(scored), []
+    for number, here in enumerate(slices(segment_starts)):
+        finite = sorted(v for v in score[here].tolist() if v < INF)
+        if not finite:
+            continue
+        threshold = rule.get("tau")
+        if threshold is None:
+            threshold = min(finite[min(int(rule["q"] * len(finite)), len(finite) - 1)], cap)
+        for i in range(here.start, here.stop):
+            expected[i] = score[i] <= threshold and scored[i] and (flaggable is None or flaggable[i])
+            if expected[i] and i > here.start and expected[i - 1]:
+                spans[-1] = (number, spans[-1][1], i + 1)
+            elif expected[i]:
+                spans.append((number, i, i + 1))
+    assert torch.equal(flags, expected)
+    assert flagged_spans(flags, segment_starts).to_list() == spans
+
+
+def test_the_quantile_index_is_taken_in_fp64():
+    """0.29 · 100 is 28.999…96 in fp64 and 29.000001 in fp32."""
+    score = torch.arange(100) / 1000
+    assert flag_tokens(score, starts(0, 100), q=0.29).sum() == int(0.29 * 100) + 1 == 29
+
+
+def test_protected_tokens_count():
+    score, flaggable = torch.tensor([0.1, 0.2, 0.3, 0.4]), torch.tensor([False, True, True, True])
+    assert flag_tokens(score, starts(0, 4), q=0.25, flaggable=flaggable).tolist() == [False, True, False, False]
+
+
+def test_spans_do_not_cross_segments_and_always_fit():
+    flags = torch.ones(6, dtype=torch.bool)
+    spans = flagged_spans(flags, starts(0, 2, 2, 5))
+    assert spans.to_list() == [(0, 0, 2), (2, 2, 5)]  # position 5 belongs to no segment
+    assert {x.dtype for x in spans} == {torch.int32}
+    assert len(spans.start) == (6 + 3) // 2
+    assert spans.start[2:].tolist() == spans.segment[2:].tolist() == spans.end[2:].tolist() == [-1, -1]
+    alternating = torch.tensor([True, False, True] * 4)  # the most spans that there can be
+    spans = flagged_spans(alternating, starts(0, 3, 6, 9, 12))
+    assert spans.count == len(spans.start) == 8
+    assert spans.to_list() == [(i // 3, i, i + 1) for i in range(12) if i % 3 != 1]
+
+
+@pytest.mark.parametrize("segment_starts", [starts(0), starts(0, 0), starts(0, 0, 0)])
+@pytest.mark.parametrize("N", [0, 2])
+def test_nothing_to_score(segment_starts, N):
+    out = token_scores(torch.ones(N, 3), torch.ones(N, 2), segment_starts)
+    assert out.score.tolist() == [INF] * N
+    flags = flag_tokens(out.score, segment_starts, q=0.5)
+    assert flags.tolist() == [False] * N
+    assert flagged_spans(torch.ones(N, dtype=torch.bool), segment_starts).to_list() == []
+
+
+def test_no_host_sync_and_no_gradients():
+    teacher, student, segment_starts, scored = pack(1)
+    teacher.requires_grad_()
+    with refuse_host_sync():
+        out = token_scores(teacher, student, segment_starts, scored=scored)
+        flags = flag_tokens(out.score, segment_starts, q=0.3, flaggable=scored)
+        flag_tokens(out.score, segment_starts, rule="threshold", tau=0.3)
+        spans = flagged_spans(flags, segment_starts)
+    assert not any(x.requires_grad for x in out)
+    with refuse_host_sync(), pytest.raises(AssertionError, match="host sync"):
+        spans.to_list()
+
+
+def test_segment_starts_of_a_layout():
+    layout = SharedPrefixLayout.from_lengths([2, 0, 3])
+    out = token_scores(torch.rand(5, 3), torch.rand(5, 3), layout.segment_starts)
+    assert out.score.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda s: token_scores(torch.zeros(2), torch.zeros(2, 1), s), ValueError, "teacher_grad must have 2 dim"),
+        (lambda s: token_scores(torch.zeros(2, 1), torch.zeros(3, 1), s), ValueError, "student_grad must have shape"),
+        (
+            lambda s: token_scores(torch.zeros(2, 1).long(), torch.zeros(2, 1), s),
+            TypeError,
+            "teacher_grad must be a fl",
+        ),
+        (lambda s: token_scores(torch.zeros(2, 1), torch.zeros(2, 1), s.long()), TypeError, "segment_starts must be"),
+        (lambda s: token_scores(torch.zeros(2, 1), torch.zeros(2, 1), s[:0]), ValueError, "segment_starts must have S"),
+        (lambda s: token_scores(*[torch.zeros(2, 1)] * 2, s, scored=torch.zeros(2)), TypeError, "scored must be"),
+        (lambda s: token_scores(*[torch.zeros(2, 1)] * 2, s, impl="triton"), NotImplementedError, "impl='auto'"),
+        (lambda s: flag_tokens(torch.zeros(2), s), ValueError, "rule='quantile' needs q"),
+        (lambda s: flag_tokens(torch.zeros(2), s, q=1.5), ValueError, "q in .0, 1."),
+        (lambda s: flag_tokens(torch.zeros(2), s, q=0.1, tau=0.1), ValueError, "and no tau"),
+        (lambda s: flag_tokens(torch.zeros(2), s, rule="threshold"), ValueError, "needs tau"),
+        (lambda s: flag_tokens(torch.zeros(2), s, rule="top"), ValueError, "'quantile', 'threshold', got 'top'"),
+        (
+            lambda s: flag_tokens(torch.zeros(2), s, q=0, flaggable=torch.ones(2)),
+            TypeError,
+            "flaggable must be torch.bool",
+        ),
+        (lambda s: flagged_spans(torch.zeros(2), s), TypeError, "flags must be torch.bool"),
+    ],
+)
+def test_errors_name_the_argument(call, error, message):
+    with pytest.raises(error, match=message):
+        call(starts(0, 2))
