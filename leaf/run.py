@@ -143,6 +143,7 @@ class Run:
     ) -> Table:
         """`write_table` on rank 0, whose result the other ranks wait for; `collective` = all ranks work."""
         folder = self.folder / name
+        key = {**key, "columns": schema.names}
         if self.is_writer:
 
             def tracked(todo: Sequence[T]) -> Produced:

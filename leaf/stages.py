@@ -16,10 +16,10 @@ import torch
 
 from . import __version__
 from . import export as formats
-from .attention import Marked, attention_to_marked
 from .data import Row, Sample, Skip
 from .distill import distill
-from .prune import flags_of, prune_row
+from .evaluate import attention_to_flagged, summary
+from .prune import prune_row
 from .run import Produced, Run, prune_options, read
 from .score import Sensitivity, score_row, sensitivities, skipped_row
 from .select import Answer, Selected, answer_rows, roles
@@ -61,8 +61,13 @@ COUNTERFACTUALS = pa.schema(
         *(("prompt", _TEXT), ("response", _TEXT), ("verified", _BOOL), ("reason", _TEXT)),
     ]
 )
-ATTENTION = pa.schema([("mass", _FLOAT)])
-EVALUATION = pa.schema([("metric", _TEXT), ("model", _TEXT), ("value", _FLOAT), ("count", _INT)])
+ATTENTION = pa.schema([("attention", _FLOAT)])
+EVALUATION = pa.schema(
+    [
+        *(("model", _TEXT), ("accuracy", _FLOAT), ("attention_to_flagged", _FLOAT)),
+        *((name, _INT) for name in ("checked", "unchecked", "skipped")),
+    ]
+)
 
 
 def answers(run: Run, name: str, model: str, units: Sequence[Row]) -> Table:
@@ -89,14 +94,11 @@ def select(run: Run) -> Table:
         run.models()
     told = {role: answers(run, f"select-{role}", run.name(role), rows) for role in asked}
 
-    def answer(row: Mapping[str, Any]) -> Answer | Skip:
-        return Skip("", row["skip"], row["detail"]) if row["skip"] else Answer(row["response"], row["right"])
-
     def produce(todo: Sequence[Row | Skip]) -> Produced:
         given = {role: _from(table, units, todo, Row) for role, table in told.items()}
         for unit in todo:
             if isinstance(unit, Row):
-                each = {role: answer(next(given[role])) if role in given else None for role in ("teacher", "student")}
+                each = {role: _answer(next(given[role])) if role in given else None for role in ("teacher", "student")}
                 chosen = decide_row(unit, **each, select=run.config.select, responses=run.config.responses)
                 row = _stored(chosen)
             else:
@@ -214,52 +216,42 @@ def verify(run: Run) -> Table:
 
 def evaluate(run: Run) -> Table:
     """The student before and after: accuracy on the evaluation rows, attention on what is flagged in the scored rows."""
+    open_table(run.folder / "distill")
     after = run.folder / "model"
     if not after.is_dir():
         raise ValueError(f"{after} is missing: remove {run.folder / 'distill'} and run `leaf distill` again")
     rows = [unit for unit in read(run.config, run.config.eval_data or run.config.data) if isinstance(unit, Row)]
     scores = open_table(run.folder / "score")
     options = prune_options(run.config)
-
-    marked = [
-        Marked(row["input_ids"], row["response_start"], flags_of(row, options).tolist())
-        for row in scores
-        if row["status"] == "ok"
-    ]
+    models = {"before": run.name("student"), "after": str(after)}
 
     def attention(name: str, model: str) -> Table:
-        def produce(todo: Sequence[Marked]) -> Produced:
-            for mass in attention_to_marked(run.load(model), todo, max_tokens=run.config.max_tokens):
-                yield [{"mass": mass}], {}
+        def produce(todo: Sequence[int]) -> Produced:
+            scored = list(itertools.islice(scores, todo[0], None))
+            for share in attention_to_flagged(run.load(model), scored, options, max_tokens=run.config.max_tokens):
+                yield [{"attention": share}], {}
 
         flagged = {"scores": scores.fingerprint, "flags": dataclasses.asdict(options)}
         key = {"leaf": __version__, "model": model_key(model), "dtype": run.config.dtype, **flagged}
-        return run.table(name, key, ATTENTION, marked, produce)
-
-    def metrics(label: str) -> list[dict[str, Any]]:
-        answered, attended = told[label]
-        checked = answered.counts.get("right", 0) + answered.counts.get("wrong", 0)
-        accuracy = answered.counts.get("right", 0) / checked if checked else None
-        masses = [row["mass"] for row in attended]
-        return [
-            {"metric": "accuracy", "model": label, "value": accuracy, "count": checked},
-            {"metric": "attention", "model": label, "value": sum(masses) / len(masses), "count": len(masses)},
-        ]
+        return run.table(name, key, ATTENTION, range(len(scores)), produce)
 
     told = {
         label: (answers(run, f"eval-{label}", model, rows), attention(f"attention-{label}", model))
-        for label, model in (("before", run.name("student")), ("after", str(after)))
+        for label, model in models.items()
     }
 
     def produce(labels: Sequence[str]) -> Produced:
         for label in labels:
-            yield metrics(label), {}
+            answered, attended = told[label]
+            yield [{"model": label, **summary(map(_answer, answered), (row["attention"] for row in attended))}], {}
 
     key = {"leaf": __version__, "inputs": [table.fingerprint for pair in told.values() for table in pair]}
     table = run.table("eval", key, EVALUATION, list(told), produce)
     for row in table:
-        value = "not measured (no row has an answer to check)" if row["value"] is None else f"{row['value']:.3f}"
-        run.ui.say(f"eval: {row['metric']} {row['model']}: {value} ({row['count']} rows)")
+        shown = [
+            f"{name} {'none' if row[name] is None else format(row[name], '.3f')}" for name in EVALUATION.names[1:3]
+        ]
+        run.ui.say(f"eval: {row['model']}: {', '.join(shown)} ({row['checked']} rows checked)")
     return table
 
 
@@ -273,10 +265,11 @@ def report(run: Run) -> None:
     tables["counterfactuals"] = open_table(run.folder / "verify")
     results: dict[str, Any] = {"run": {name: run.config.named(name) for name in ("teacher", "student")}}
     results["counts"] = {name: open_table(run.folder / name).counts for name in ("select", "score", "prune", "verify")}
+    attention = None
     if (run.folder / "eval").is_dir():
-        for row in open_table(run.folder / "eval"):
-            results.setdefault(row["metric"], {})[row["model"]] = row["value"]
-    attention = results.pop("attention", None)
+        evaluated = {row["model"]: row for row in open_table(run.folder / "eval")}
+        results["accuracy"] = {model: row["accuracy"] for model, row in evaluated.items()}
+        attention = {model: row["attention_to_flagged"] for model, row in evaluated.items()}
     path = write_report(run.folder / "report.html", **tables, results=results, attention=attention)
     save_plots(run.folder / "plots", **tables, results=results, attention=attention)
     write_csv(run.folder / "tokens.csv", **tables)
@@ -308,6 +301,11 @@ def restore_row(row: Mapping[str, Any]) -> Row | Skip:
         return Skip(row["id"], row["reason"], row["detail"])
     scored = [(message, start, end) for message, start, end in row["scored"]]
     return Row(row["id"], json.loads(row["messages"]), scored, row["answer"], json.loads(row["record"]))
+
+
+def _answer(row: Mapping[str, Any]) -> Answer | Skip:
+    """A row of an answers table, as it was."""
+    return Skip("", row["skip"], row["detail"]) if row["skip"] else Answer(row["response"], row["right"])
 
 
 def _stored(chosen: Selected) -> dict[str, Any]:
