@@ -1,0 +1,111 @@
+"""A run from rows to a report; what is computed again, and why."""
+
+from __future__ import annotations
+
+import pathlib
+from typing import Any
+
+import pytest
+import torch
+from small import Said, word_problems, write_rows
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from leaf import cli
+from leaf.config import RunConfig
+from leaf.run import run_all, run_stages
+from leaf.tables import open_table
+
+TABLES = ("select", "score-teacher", "score-student", "score", "prune", "verify", "distill", "eval")
+
+
+def config(folder: pathlib.Path, pair: dict[str, str], **options: Any) -> RunConfig:
+    defaults = {
+        **pair,
+        "data": write_rows(folder / "rows.jsonl", word_problems(6)),
+        "output": str(folder / "run"),
+        "select": "all",
+        "verify": "none",
+        "max_new_tokens": 4,
+        "level": "both",
+        "training": {"learning_rate": 1e-2, "max_steps": 2, "per_device_train_batch_size": 3},
+    }
+    return RunConfig.from_mapping({**defaults, **options})
+
+
+def test_every_stage_has_output(tmp_path: pathlib.Path, pair: dict[str, str]) -> None:
+    c = config(tmp_path, pair)
+    said = Said()
+    assert run_all(c, said) == []
+    output = pathlib.Path(c.output)
+    for name in TABLES:
+        assert len(open_table(output / name)) > 0, name
+    for name in ("report.html", "tokens.csv", "plots/scores.png"):
+        assert (output / name).stat().st_size > 0, name
+    before, after = (AutoModelForCausalLM.from_pretrained(name) for name in (c.student, output / "model"))
+    assert AutoTokenizer.from_pretrained(output / "model").chat_template
+    assert before.state_dict().keys() == after.state_dict().keys()
+    assert not torch.equal(before.lm_head.weight, after.lm_head.weight)
+    assert open_table(output / "distill").counts == {"groups": 6, "steps": 2}
+    assert [row["model"] for row in open_table(output / "eval")] == ["before", "after"]
+    scores = open_table(output / "score").rows()
+    assert [(row["id"], row["level"]) for row in scores[:2]] == [("p0", "instruction"), ("p0", "response")]
+    text = {(row["id"], row["level"], row["cut"]): row["text"] for row in scores}
+    for row in open_table(output / "verify"):
+        source = text[row["source_id"], row["level"], row["cut"]]
+        kept = "".join(char for n, char in enumerate(source) if not any(a <= n < b for a, b in row["removed"]))
+        assert row["prompt"] + row["response"] == kept
+
+    again = Said()
+    assert run_all(c, again) == []
+    assert {f"{name}: unchanged" for name in TABLES} <= set(again)
+    assert not any("computed again" in message for message in again)
+
+
+def test_what_a_change_reruns(tmp_path: pathlib.Path, pair: dict[str, str]) -> None:
+    stages = ("select", "score", "prune", "verify")
+    run_stages(config(tmp_path, pair), stages)
+
+    said = Said()
+    run_stages(config(tmp_path, pair, q=0.2), stages, said)
+    assert {f"{name}: unchanged" for name in ("select", "score-teacher", "score-student", "score")} <= set(said)
+    assert "prune: computed again, because q (0.05 -> 0.2) changed" in said
+    assert any(m.startswith("verify: computed again, because counterfactuals (") for m in said)
+
+    student = AutoModelForCausalLM.from_pretrained(pair["student"])
+    torch.nn.init.normal_(student.lm_head.weight)
+    student.save_pretrained(tmp_path / "other")
+    AutoTokenizer.from_pretrained(pair["student"]).save_pretrained(tmp_path / "other")
+    said = Said()
+    run_stages(config(tmp_path, pair, q=0.2, student=str(tmp_path / "other")), stages, said)
+    assert {"select: unchanged", "score-teacher: unchanged"} <= set(said)
+    assert any(m.startswith("score-student: computed again, because model (") for m in said)
+
+
+def test_generation_verification_and_export(
+    tmp_path: pathlib.Path, pair: dict[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A grader that accepts everything: the models are random."""
+    (tmp_path / "lenient.py").write_text("def right(response, answer):\n    return True\n")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(tmp_path))
+        c = config(tmp_path, pair, select="teacher_right", verify="both", grader="lenient:right", level="instruction")
+        said = Said()
+        run_stages(c, ("select", "score", "prune", "verify"), said)
+    assert "select: 6 of 6 left" in said
+    assert all(row["verified"] is True for row in open_table(f"{c.output}/verify"))
+    assert open_table(f"{c.output}/select").rows()[0]["teacher_right"] is True
+    assert open_table(f"{c.output}/select-teacher").counts == {"right": 6}
+    assert len(open_table(f"{c.output}/verify-student")) == len(open_table(f"{c.output}/prune"))
+    assert cli.main(["export", "--output", c.output]) == 0
+    assert "train.json: " in capsys.readouterr().out
+    assert (pathlib.Path(c.output) / "export" / "scores.json").exists()
+
+
+def test_training_fields_are_checked_before_anything_runs(tmp_path: pathlib.Path, pair: dict[str, str]) -> None:
+    for training, message in (
+        ({"learning_rat": 1e-3}, "no field 'learning_rat'; did you mean 'learning_rate'"),
+        ({"lambda_": 0.3}, "use the option beside `training`"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run_all(config(tmp_path, pair, training=training))
+    assert not (tmp_path / "run").exists()
