@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallba
 
 from .. import report
 from ..attention import Marked, attention_to_marked
-from ..data import Encoder, Row
+from ..data import Encoder, Row, Sample, Skip
 from ..pack import Group, build_groups
 from ..prune import PruneConfig, prune
 from ..rows import read_rows
@@ -29,7 +29,7 @@ from ..select import select_rows
 from ..trainer import LeafArguments, LeafTrainer
 from ..verify import verify_rows
 from .arms import ARMS, COMPARISONS, RECIPES, Recipe
-from .detection import detection, marked, oracle_counterfactuals
+from .detection import detection, marked, oracle
 from .models import WINDOW, accuracy, in_window, train_student, train_teacher
 from .task import TEST_SETS, make_rows, make_tokenizer
 
@@ -119,12 +119,12 @@ def run_seed(recipe: Recipe, seed: int, ui: Ui) -> tuple[dict[str, Any], Artifac
 
         loaders = {"teacher": lambda: copy.deepcopy(teacher), "student": lambda: copy.deepcopy(student)}
         with _clock(seconds, "select"):
-            corpus = list(read_rows(make_rows("corpus", recipe.corpus_rows, seed)))
+            corpus = _read(make_rows("corpus", recipe.corpus_rows, seed))
             asked = list(select_rows(corpus, encoder, loaders, select="student_wrong", **GRADING))
-            rows = [row for row, one in zip(corpus, asked) if one.teacher.right]
+            rows = [row for row, one in zip(corpus, asked) if one.teacher and one.teacher.right]
             student_wrong = {one.id for one in asked if one.status == "ok"}  # and teacher right
         with _clock(seconds, "score"):
-            samples = [sample for row in rows for sample in encoder.encode(row)]
+            samples = [_encode(encoder, row) for row in rows]
             perplexity = any(ARMS[arm].prune == PruneConfig(signal="perplexity") for arm in recipe.arms)
             scores = list(score_samples(samples, *loaders.values(), max_tokens=MAX_TOKENS, perplexity=perplexity))
         records = {row.id: row.record for row in rows}
@@ -137,7 +137,7 @@ def run_seed(recipe: Recipe, seed: int, ui: Ui) -> tuple[dict[str, Any], Artifac
             selected = [row for row in scores if arm.select == "teacher_right" or row["id"] in student_wrong]
             if arm.prune or arm.oracle:
                 with _clock(seconds, "prune"):
-                    made = oracle_counterfactuals(selected, records) if arm.oracle else list(prune(selected, arm.prune))
+                    made = list(prune(selected, arm.prune) if arm.prune else oracle(selected, records))
                 with _clock(seconds, "verify"):
                     kept[name] = list(verify_rows(made, answers, encoder, loaders, verify=arm.verify, **GRADING))
                 counts[name] = {"made": len(made), "kept": sum(c["verified"] for c in kept[name])}
@@ -165,6 +165,8 @@ def distil(
     student: PreTrainedModel, teacher: PreTrainedModel, groups: list[Group], recipe: Recipe, seed: int
 ) -> PreTrainedModel:
     """A copy of the student after stage 2. Groups without counterfactuals (KD) are taken two for one."""
+    if not groups:
+        raise ValueError("demo: no group is left to train on; the models are not what this recipe expects")
     batch = recipe.groups * (1 if groups[0]["counterfactuals"] else 2)
     with tempfile.TemporaryDirectory() as folder:
         arguments = LeafArguments(
@@ -225,11 +227,22 @@ def summary(results: dict[str, Any]) -> Table:
 def _watched(rows: Rows, encoder: Encoder) -> list[Marked]:
     """Test rows with the confounder marked."""
     watched = []
-    for row in read_rows(rows):
-        (sample,) = encoder.encode(row)
+    for row in _read(rows):
+        sample = _encode(encoder, row)
         confounder = marked(sample.text, sample.offsets, [row.record["confounder"]], row.record["prompt"])
         watched.append(Marked(sample.input_ids, sample.response_start, confounder.tolist()))
     return watched
+
+
+def _read(rows: Rows) -> list[Row]:
+    return [row for row in read_rows(rows) if isinstance(row, Row)]
+
+
+def _encode(encoder: Encoder, row: Row) -> Sample:
+    (sample,) = encoder.encode(row)
+    if isinstance(sample, Skip):
+        raise ValueError(f"demo: row {row.id} cannot be rendered: {sample.detail}")
+    return sample
 
 
 def _save_inputs(folder: Path, artifacts: Artifacts) -> None:
@@ -271,6 +284,6 @@ def _mean_sd(values: Sequence[float], sign: str = "") -> str:
 def write_json(path: Path, value: Any) -> None:
     """Writes a JSON file whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
     temporary.write_text(json.dumps(value, indent=1) + "\n")
     os.replace(temporary, path)

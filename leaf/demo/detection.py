@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 
+from ..data import Skip
 from ..prune import PruneConfig, counterfactuals_from_flags, flags_of
 
 ScoreRow = Mapping[str, Any]
@@ -24,13 +25,13 @@ def _marked(row: ScoreRow, spans: Iterable[Sequence[int]], record: Mapping[str, 
     return marked(row["text"], row["offsets"], spans, record["prompt"])
 
 
-def oracle_counterfactuals(rows: Iterable[ScoreRow], records: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+def oracle(rows: Iterable[ScoreRow], records: Mapping[str, Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
     """One counterfactual per row, without its confounder."""
-    made = []
     for row in rows:
         record = records[row["id"]]
-        made += counterfactuals_from_flags(row, _marked(row, [record["confounder"]], record))
-    return made
+        pruned = counterfactuals_from_flags(row, _marked(row, [record["confounder"]], record))
+        if not isinstance(pruned, Skip):
+            yield from pruned
 
 
 def detection(

@@ -22,10 +22,10 @@ from leaf.rows import read_rows
 def test_rows_are_the_same_on_every_machine() -> None:
     row = make_rows("in_distribution", 1, seed=0)[0]
     assert row["prompt"] == (
-        "the sign says 3 . Ann has 4 pens . Leo is 0 years old . the sky is blue . Ann loses 1 pens . "
-        "how many pens does Ann have now ?"
+        "rain falls today . Ann has 3 books . the sign says 2 . Leo is 11 years old . Ann loses 1 books . "
+        "how many books does Ann have now ?"
     )
-    assert row["completion"] == "4 minus 1 equals 3 . answer 3"
+    assert row["completion"] == "3 minus 1 equals 2 . answer 2"
     assert make_rows("corpus", 20, 1) == make_rows("corpus", 20, 1)
     assert make_rows("corpus", 20, 1) != make_rows("corpus", 20, 2)
 
