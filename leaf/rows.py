@@ -51,10 +51,11 @@ def read_rows(
 ) -> Iterator[Row | Skip]:
     """Reads rows from a JSON list, JSONL or Parquet file, a dataset name, or an iterable of dicts.
 
-    A dataset (hub id or folder) is named `NAME`, `NAME:SPLIT` or `NAME:CONFIG:SPLIT`; the split is "train" by default. The prompt comes from
-    `prompt_template` or `prompt_column`, else from the first of `messages`, `instruction` (+ `input`), `prompt`,
-    `context_messages` that the row has; the response from `response_column`, else from `messages`, `output`
-    (with `step_response` before it) or `completion`; the answer from `answer_column`, else `prompt_answer` or `answer`.
+    A dataset (hub id or folder) is named `NAME`, `NAME:SPLIT` or `NAME:CONFIG:SPLIT`; the split is "train" by default.
+    The prompt comes from `prompt_template` or `prompt_column`, else from the first of `messages`, `instruction`
+    (+ `input`), `prompt`, `context_messages` that the row has; the response from `response_column`, else from `messages`,
+    `output` (with `step_response` before it) or `completion`; the answer from `answer_column`, else `prompt_answer` or
+    `answer`.
 
     In a template every `{column}` stands for a field of the row and everything else is literal text, braces included.
     Scored are the texts of user turns; literals of the template and what a regular expression of `protect` matches are

@@ -239,6 +239,9 @@ def test_template_that_alters_or_refuses_a_message_is_a_counted_skip() -> None:
     encoder = Encoder(tiny.tokenizer(), chat_template=loses)
     (skip,) = encoder.encode(one({"prompt": "a", "completion": "<think>b</think>c"}))
     assert (skip.id, skip.reason) == ("0", "template_alters_content")
+    shouts = "{% for m in messages %}<|im_start|>{{ m.content | upper }}<|im_end|>{% endfor %}"
+    (skip,) = Encoder(tiny.tokenizer(), chat_template=shouts).encode(one({"prompt": "a", "completion": "B"}))
+    assert skip.reason == "template_alters_content"
     (skip,) = Encoder(tiny.tokenizer("gemma")).encode(one({"prompt": "a", "completion": "b"}, system="S"))
     assert skip.reason == "template_error"
     assert "System role not supported" in skip.detail

@@ -40,7 +40,7 @@ def test_verify_rows_continues_from_the_pruned_prompt() -> None:
         for role, model in models.items()
     }
     assert said["teacher"][0].strip() != said["student"][0].strip()
-    answers = {"0": said["teacher"][0], "1": said["student"][1], "2": None, "3": "neither of them"}
+    answers = {"0": said["teacher"][0], "1": None, "2": said["student"][2], "3": "neither of them"}
     loaders = {role: (lambda role=role: models[role]) for role in models}
     options = {"grader": "exact", "max_new_tokens": 5}
 
@@ -51,8 +51,8 @@ def test_verify_rows_continues_from_the_pruned_prompt() -> None:
 
     unchecked = (None, "no_checkable_answer")
     both = "teacher_and_student_wrong"
-    assert verdicts("both") == [(False, "student_wrong"), (False, "teacher_wrong"), unchecked, (False, both)]
-    assert verdicts("teacher") == [(True, None), (False, "teacher_wrong"), unchecked, (False, "teacher_wrong")]
+    assert verdicts("both") == [(False, "student_wrong"), unchecked, (False, "teacher_wrong"), (False, both)]
+    assert verdicts("teacher") == [(True, None), unchecked, (False, "teacher_wrong"), (False, "teacher_wrong")]
     assert verdicts("none") == [(None, "not_verified")] * 4
     with pytest.raises(ValueError, match="verify must be one of both, teacher, none"):
         list(verify_rows(rows, answers, encoder, loaders, verify="student"))
