@@ -156,6 +156,12 @@ def test_the_quantile_index_is_taken_in_fp64():
     assert flag_tokens(score, starts(0, 100), q=0.29).sum() == int(0.29 * 100) + 1 == 29
 
 
+def test_one_nan_is_enough_to_flag_nothing():
+    score = torch.tensor([0.1, NAN, 0.3, 0.1, 0.3])
+    for rule in ({"q": 0.5}, {"rule": "threshold", "tau": 0.2}):
+        assert flag_tokens(score, starts(0, 3, 5), **rule)[:4].tolist() == [False, False, False, True]
+
+
 def test_protected_tokens_count():
     score, flaggable = torch.tensor([0.1, 0.2, 0.3, 0.4]), torch.tensor([False, True, True, True])
     assert flag_tokens(score, starts(0, 4), q=0.25, flaggable=flaggable).tolist() == [False, True, False, False]
