@@ -59,8 +59,8 @@ def linear_kl(
         beta: 0 < β < 1, for "jsd" only.
         vocab_size: use the first `vocab_size` rows of both weights and biases; required where V and V' differ (padded
             embeddings). The rest gets exact-zero gradient.
-        student_bias, teacher_bias: [V] and [V']. A bias of -inf bans a token (a softcap brings it back). Where only one model
-            bans a token on which the other has mass, the loss is of the order of 1e30 instead of +inf, its gradient finite.
+        student_bias, teacher_bias: [V] and [V']. A bias of -inf bans a token (a softcap brings it back). Where only one
+            model bans a token on which the other has mass, the loss is of the order of 1e30, not +inf, its gradient finite.
         student_softcap, teacher_softcap: tanh cap c > 0 on the scaled logits; None = none.
         student_logit_scale, teacher_logit_scale: factor on the logits.
         chunk_rows: rows projected at a time; None = a fixed function of V, Ds and the dtype. Only rounding depends on it.
