@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -104,8 +105,10 @@ class Collator:
 
     @staticmethod
     def _tokens(group: Group) -> int:
-        members = [m for m in (group["original"], *group["counterfactuals"]) if m]
-        return SharedPrefixLayout.from_groups([[m["input_ids"] for m in members]])[0].num_tokens
+        """Tokens of the group in a pack: a shared prefix counts once."""
+        root, *others = [m["input_ids"] for m in (group["original"], *group["counterfactuals"]) if m]
+        shared = (sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(root, m[:-1]))) for m in others)
+        return len(root) + sum(map(len, others)) - sum(shared)
 
     def _pack(self, groups: Sequence[Group]) -> Pack:
         members, kinds, sequences = [], [], []
