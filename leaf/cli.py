@@ -107,6 +107,7 @@ def _parser() -> _Parser:
         "--preset", choices=("fast", "full"), default="fast", help="one seed and four arms, or everything"
     )
     demo.add_argument("--output-dir", default="out", help="where results, report and models go (default: out)")
+    demo.add_argument("--seeds", type=int, nargs="+", metavar="SEED", help="other seeds than the preset's")
     add_arguments(
         command(
             "doctor", "check this machine and, when given, a pair of models and rows, before hours are spent", _doctor
@@ -127,7 +128,10 @@ def _parser() -> _Parser:
 def _demo(arguments: argparse.Namespace) -> int:
     from . import demo
 
-    demo.run(arguments.preset, arguments.output_dir)
+    terminal = Terminal()
+    results = demo.run(arguments.preset, arguments.output_dir, seeds=arguments.seeds, ui=terminal)
+    terminal.console.print(demo.summary(results))
+    terminal.say(f"demo: {arguments.output_dir}/report.html and {arguments.output_dir}/results.json")
     return 0
 
 

@@ -263,7 +263,8 @@ def report(run: Run) -> None:
         return
     tables: dict[str, Any] = {"scores": open_table(run.folder / "score")}
     tables["counterfactuals"] = open_table(run.folder / "verify")
-    results: dict[str, Any] = {"run": {name: run.config.named(name) for name in ("teacher", "student")}}
+    named = {role: getattr(run.config, role) for role in ("teacher", "student")}
+    results: dict[str, Any] = {"run": {role: name for role, name in named.items() if name}}
     results["counts"] = {name: open_table(run.folder / name).counts for name in ("select", "score", "prune", "verify")}
     attention = None
     if (run.folder / "eval").is_dir():
