@@ -116,9 +116,6 @@ def distillation(
     original, counterfactual = coefficient
 
     def objective(hidden: torch.Tensor, head: Head) -> Distillation:
-        if len(pack["rows"]) == 0:  # an idle rank: DDP waits for a gradient of every parameter, so give it zeros
-            zero = torch.stack([0 * t.sum() for t in (hidden, head.weight, head.bias) if t is not None]).sum()
-            return Distillation(zero, zero.detach(), zero.detach())
         teacher = teacher_hidden, teacher_head.weight
         if not torch.is_autocast_enabled(hidden.device.type):  # under autocast the op casts, once
             teacher = teacher[0].to(hidden.dtype), teacher[1].to(head.weight.dtype)

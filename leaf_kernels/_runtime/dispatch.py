@@ -41,6 +41,6 @@ def resolve_impl(op: str, impl: str | Impl, device: torch.device) -> Impl:
         if op not in _warned:
             _warned.add(op)
             why = "needs compute capability 8.0" if has_kernel else "has no Triton kernel in this version"
-            warnings.warn(f"{op}: {why}; running the reference implementation", stacklevel=3)
+            warnings.warn(f"{op}: {why}; running in plain torch", stacklevel=3)
         return Impl.REFERENCE
     raise ValueError(f"{op}: impl='auto' knows CPU and NVIDIA GPUs, got {device.type!r}; pass impl='reference'")
