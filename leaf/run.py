@@ -158,8 +158,9 @@ class Run:
 
     def check(self, stage: str, left: int, total: int, *, remedy: str, skipped: int = 0) -> None:
         """Says how many rows are left, notes when too many were skipped, refuses to go on without any."""
-        self.ui.say(f"{stage}: {left} of {total} left" + (f", {skipped} skipped" if skipped else ""))
-        reasons = _listed(open_table(self.folder / stage))
+        counts = open_table(self.folder / stage).counts
+        reasons = ", ".join(f"{name} {count}" for name, count in counts.items() if name != "ok") or "none skipped"
+        self.ui.say(f"{stage}: {left} of {total} left ({reasons})")
         if skipped > self.config.max_skip_fraction * total:
             limit = f"--max-skip-fraction {self.config.max_skip_fraction}"
             self.problems.append(f"{stage}: {skipped} of {total} rows were skipped, more than {limit} ({reasons})")
@@ -198,7 +199,3 @@ def prune_options(config: RunConfig) -> PruneConfig:
 
     names = ("rule", "q", "tau", "tau_response", "cap", "mode", "signal", "seed")
     return PruneConfig(**{name: getattr(config, name) for name in names}, protect=config.keep)
-
-
-def _listed(table: Table) -> str:
-    return ", ".join(f"{name} {count}" for name, count in table.counts.items()) or "no rows"

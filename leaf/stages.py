@@ -200,7 +200,8 @@ def verify(run: Run) -> Table:
         rights = {role: itertools.islice(table, todo[0], None) for role, table in told.items()}
         for row in itertools.islice(pruned, todo[0], None):
             verdict = decide_counterfactual(row, {role: next(right)["right"] for role, right in rights.items()})
-            yield [verdict], {"kept" if verdict["verified"] is not False else f"dropped:{verdict['reason']}": 1}
+            label = {True: "verified", False: "dropped", None: "unverified"}[verdict["verified"]]
+            yield [verdict], {":".join(filter(None, (label, verdict["reason"]))): 1}
 
     fingerprints = {role: table.fingerprint for role, table in told.items()}
     table = run.table(
@@ -210,7 +211,8 @@ def verify(run: Run) -> Table:
         units,
         produce,
     )
-    run.check("verify", table.counts.get("kept", 0), len(pruned), remedy="try --verify teacher or none")
+    dropped = sum(count for name, count in table.counts.items() if name.startswith("dropped"))
+    run.check("verify", len(pruned) - dropped, len(pruned), remedy="try --verify teacher or none")
     return table
 
 
@@ -220,6 +222,8 @@ def evaluate(run: Run) -> Table:
     after = run.folder / "model"
     if not after.is_dir():
         raise ValueError(f"{after} is missing: remove {run.folder / 'distill'} and run `leaf distill` again")
+    if run.config.eval_data is None:
+        run.ui.say("eval: no --eval-data: accuracy is that on the rows of --data, which the student was trained on")
     rows = [unit for unit in read(run.config, run.config.eval_data or run.config.data) if isinstance(unit, Row)]
     scores = open_table(run.folder / "score")
     options = prune_options(run.config)

@@ -91,7 +91,7 @@ def test_generation_verification_and_export(
         c = config(tmp_path, pair, select="teacher_right", verify="both", grader="lenient:right", level="instruction")
         said = Said()
         run_stages(c, ("select", "score", "prune", "verify"), said)
-    assert "select: 6 of 6 left" in said
+    assert "select: 6 of 6 left (none skipped)" in said
     assert all(row["verified"] is True for row in open_table(f"{c.output}/verify"))
     assert open_table(f"{c.output}/select").rows()[0]["teacher_right"] is True
     assert open_table(f"{c.output}/select-teacher").counts == {"right": 6}

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
 
 import pytest
+import torch
+from safetensors.torch import load_file
 from small import Said, word_problems, write_rows
 
 from leaf import tables
@@ -27,6 +31,21 @@ def die(source, target):
     replace(source, target)
 os.replace = die
 cli.main(sys.argv[2:])
+"""
+
+# `kill -9` in the middle of writing the second checkpoint.
+KILLED_TRAINING = """
+import os, signal, sys
+from leaf import cli
+from transformers import TrainerState
+save = TrainerState.save_to_json
+def die(self, path):
+    if self.global_step == 2:
+        open(path, "w").write('{"glob')
+        os.kill(os.getpid(), signal.SIGKILL)
+    save(self, path)
+TrainerState.save_to_json = die
+cli.main(sys.argv[1:])
 """
 
 
@@ -62,3 +81,39 @@ def test_kill_and_resume_equals_an_uninterrupted_run(
     for name in ("select", "score-teacher", "score-student", "score", "prune"):
         whole, resumed = (open_table(tmp_path / run / name) for run in ("whole", "killed"))
         assert (resumed.rows(), resumed.counts) == (whole.rows(), whole.counts)
+
+
+def test_killed_training_resumes_from_its_last_whole_checkpoint(tmp_path: pathlib.Path, pair: dict[str, str]) -> None:
+    options = {
+        **pair,
+        "data": write_rows(tmp_path / "rows.jsonl", word_problems(4)),
+        "select": "all",
+        "verify": "none",
+        "output": str(tmp_path / "run"),
+        "training": {"max_steps": 3, "per_device_train_batch_size": 2, "learning_rate": 1e-2, "save_steps": 1},
+    }
+    file = tmp_path / "config.yaml"
+    file.write_text(json.dumps(options))  # JSON is YAML
+    whole = RunConfig.from_mapping(options)
+    run_stages(whole, ("select", "score", "prune", "verify"))
+    shutil.copytree(whole.output, tmp_path / "killed")
+    run_stages(whole, ("distill",))
+
+    argv = [
+        sys.executable,
+        "-c",
+        KILLED_TRAINING,
+        "distill",
+        "--config",
+        str(file),
+        "--output",
+        str(tmp_path / "killed"),
+    ]
+    done = subprocess.run(argv, capture_output=True, text=True, check=False)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    said = Said()
+    run_stages(RunConfig.from_mapping({**options, "output": str(tmp_path / "killed")}), ("distill",), said)
+    assert "distill: resumed from checkpoint-1" in said
+    uninterrupted, resumed = (load_file(tmp_path / run / "model" / "model.safetensors") for run in ("run", "killed"))
+    assert uninterrupted.keys() == resumed.keys()
+    assert all(torch.equal(uninterrupted[name], resumed[name]) for name in resumed)
