@@ -16,7 +16,7 @@ from small import Said, word_problems, write_rows
 
 from leaf import tables
 from leaf.config import RunConfig
-from leaf.run import run_stages
+from leaf.run import run_all, run_stages
 from leaf.tables import open_table
 
 # `kill -9` in the middle of writing the second shard of the table that is named.
@@ -117,3 +117,27 @@ def test_killed_training_resumes_from_its_last_whole_checkpoint(tmp_path: pathli
     uninterrupted, resumed = (load_file(tmp_path / run / "model" / "model.safetensors") for run in ("run", "killed"))
     assert uninterrupted.keys() == resumed.keys()
     assert all(torch.equal(uninterrupted[name], resumed[name]) for name in resumed)
+
+
+@pytest.mark.slow
+def test_two_ranks_write_one_run(tmp_path: pathlib.Path, pair: dict[str, str]) -> None:
+    options = {**pair, "data": write_rows(tmp_path / "rows.jsonl", word_problems(5)), "select": "all", "verify": "none"}
+    options |= {"max_new_tokens": 2, "device": "cpu"}
+
+    def run(name: str, batch_size: int) -> dict[str, object]:
+        training = {"max_steps": 2, "per_device_train_batch_size": batch_size, "learning_rate": 1e-2}
+        return {**options, "output": str(tmp_path / name), "training": training}
+
+    run_all(RunConfig.from_mapping(run("one", 4)))
+    file = tmp_path / "two.yaml"
+    file.write_text(json.dumps(run("two", 2)))
+    argv = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = subprocess.run(
+        [*argv, "-m", "leaf", "run", "--config", str(file)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    one, two = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("one", "two"))
+    for name in one:
+        torch.testing.assert_close(two[name], one[name], rtol=0, atol=1e-5)
+    for table in ("select", "score", "verify"):
+        assert open_table(tmp_path / "one" / table).rows() == open_table(tmp_path / "two" / table).rows()
