@@ -9,6 +9,7 @@ from collections import Counter
 from dataclasses import asdict
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table as Grid
 from rich.text import Text
@@ -17,6 +18,8 @@ from .config import RunConfig
 
 PACKAGES = ("leaf-kernels", "torch", "triton", "transformers", "accelerate", "datasets", "flash-attn")
 FIRST_ROWS = 32
+
+_PLAIN: dict[str, Any] = {"box": box.SIMPLE, "title_justify": "left", "title_style": "bold"}
 
 
 def check(config: RunConfig, console: Console) -> bool:
@@ -41,7 +44,7 @@ def check(config: RunConfig, console: Console) -> bool:
 def _environment() -> Grid:
     import torch
 
-    grid = Grid("", "", title="environment", title_justify="left", show_header=False)
+    grid = Grid("", "", title="environment", show_header=False, **_PLAIN)
     grid.add_row("python", f"{platform.python_version()} on {platform.platform()}")
     for name in PACKAGES:
         try:
@@ -72,7 +75,7 @@ def _pair(config: RunConfig, console: Console) -> list[str]:
     configs = {role: AutoConfig.from_pretrained(name) for role, name in names.items()}
     tokenizers = {role: AutoTokenizer.from_pretrained(name) for role, name in names.items()}
     problems: list[str] = []
-    grid = Grid("", "teacher", "student", title="pair", title_justify="left")
+    grid = Grid("", "teacher", "student", title="pair", **_PLAIN)
 
     def row(label: str, values: list[Any]) -> None:
         grid.add_row(label, *(Text(str(value)) for value in values))
@@ -82,7 +85,9 @@ def _pair(config: RunConfig, console: Console) -> list[str]:
     row("columns of the head", [c.get_text_config().vocab_size for c in configs.values()])
     row("tokens", [len(t) for t in tokenizers.values()])
     row("end of sequence", [t.eos_token for t in tokenizers.values()])
-    row("chat template", ["yes" if t.chat_template else "none" for t in tokenizers.values()])
+    templates = [t.chat_template for t in tokenizers.values()]
+    student_template = "used for both" if templates[1] else "none"
+    row("chat template", ["the same" if templates[0] == templates[1] else "another, not used", student_template])
     packing = []
     for role, model_config in configs.items():
         try:
@@ -119,7 +124,7 @@ def _rows(config: RunConfig, console: Console) -> list[str]:
     skipped = Counter(item.reason for item in encoded if not isinstance(item, Sample))
     prompt_tokens = sum(s.response_start for s in samples)
     scored = sum(sum(s.scored) for s in samples)
-    grid = Grid("", "", title=f"first {len(rows)} rows", title_justify="left", show_header=False)
+    grid = Grid("", "", title=f"first {len(rows)} rows", show_header=False, **_PLAIN)
     grid.add_row("usable", f"{len(samples)} of {len(rows)}")
     for reason, count in skipped.items():
         grid.add_row(f"skipped: {reason}", str(count))

@@ -176,20 +176,20 @@ def model_key(name: str) -> str:
 
         return f"{name}@{AutoConfig.from_pretrained(name)._commit_hash}"
     total = hashlib.sha256()
-    for path in sorted(
-        p for p in folder.iterdir() if p.suffix in (".json", ".jinja", ".model", ".txt", ".safetensors")
-    ):
+    weights = sorted([*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin")])
+    texts = sorted(path for path in folder.iterdir() if path.suffix in (".json", ".jinja", ".model", ".txt"))
+    for path in (*texts, *weights):
         size = path.stat().st_size
         total.update(f"{path.name}:{size}:".encode())
         with path.open("rb") as file:
-            if path.suffix != ".safetensors":
+            if path in texts:
                 total.update(file.read())
                 continue
-            head = file.read(8)
-            total.update(head)
-            total.update(file.read(min(size, struct.unpack("<Q", head.ljust(8, b"\0"))[0])))
+            if path.suffix == ".safetensors":
+                length = file.read(8)
+                total.update(length + file.read(min(size, *struct.unpack("<Q", length.ljust(8, b"\0")))))
             for block in range(_SAMPLES):
-                file.seek((size - _SAMPLE_BYTES) * block // (_SAMPLES - 1) if size > _SAMPLE_BYTES else 0)
+                file.seek(max(size - _SAMPLE_BYTES, 0) * block // (_SAMPLES - 1))
                 total.update(file.read(_SAMPLE_BYTES))
     return total.hexdigest()[:16]
 

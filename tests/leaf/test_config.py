@@ -48,6 +48,8 @@ def test_presets_lie_under_explicit_values() -> None:
     assert (c.rule, c.tau, c.select, c.verify) == ("threshold", 0.1, "student_wrong", "both")
     assert c.counterfactuals_per_sample == "all"
     assert RunConfig.from_mapping({"compat": "released"}).loss == "concat"
+    assert RunConfig.from_mapping({"preset": "paper", "rule": "quantile"}).tau is None
+    assert RunConfig.from_mapping({"preset": "paper", "compat": "released"}).rule == "quantile"
 
 
 def test_flags_override_the_file(tmp_path: pathlib.Path) -> None:
