@@ -30,7 +30,7 @@ from ..trainer import LeafArguments, LeafTrainer
 from ..verify import verify_rows
 from .arms import ARMS, COMPARISONS, RECIPES, Recipe
 from .detection import detection, marked, oracle
-from .models import WINDOW, accuracy, in_window, train_student, train_teacher
+from .models import WINDOW, accuracy, outside_window, train_student, train_teacher
 from .task import TEST_SETS, make_rows, make_tokenizer
 
 MAX_TOKENS = 16384
@@ -113,7 +113,7 @@ def run_seed(recipe: Recipe, seed: int, ui: Ui) -> tuple[dict[str, Any], Artifac
             return {**scores, "attention_to_confounder": sum(attention) / len(attention)}
 
         arms = {"teacher": measure("teacher", teacher), "student": measure("student", student)}
-        inside = in_window(arms["student"])
+        inside = outside_window(arms["student"]) == 0
         if not inside:
             ui.say(f"seed {seed}: the student lies outside the useful window {WINDOW}; its comparison says little")
 

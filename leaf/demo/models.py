@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -81,11 +82,11 @@ def accuracy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: S
     return sum(exact_match(model, tokenizer, [(row["prompt"], row["completion"]) for row in rows])) / len(rows)
 
 
-def in_window(scores: dict[str, float], margin: float = 0.0) -> bool:
-    """Whether a student before distillation lies in the window, `margin` inside its bounds (1.0 is no bound)."""
-    return all(
-        low + margin <= scores[name] <= (high if high == 1 else high - margin) for name, (low, high) in WINDOW.items()
-    )
+def outside_window(scores: dict[str, float], margin: float = 0.0) -> float:
+    """By how much a student before distillation misses the window, `margin` inside its bounds; 0 = it lies within."""
+    below = sum(max(low + margin - scores[name], 0) for name, (low, _) in WINDOW.items())
+    above = sum(max(scores[name] - high + margin * (high < 1), 0) for name, (_, high) in WINDOW.items())
+    return below + above
 
 
 def _plain(items: Iterable[int], total: int, description: str) -> Iterable[int]:
@@ -157,15 +158,21 @@ def train_teacher(
 def train_student(
     tokenizer: PreTrainedTokenizerBase, seed: int, *, track: Track = _plain
 ) -> tuple[LlamaForCausalLM, int]:
-    """The biased student, trained where the sign is right 95 % of the time until it lies in the window, and its steps."""
+    """The biased student and its steps: trained where the sign is right 95 % of the time, until it lies in the window.
+
+    One that never does is taken from where it came closest.
+    """
     validation = {name: make_rows(f"validation/{name}", VALIDATION_ROWS, seed) for name in TEST_SETS}
     model = make_model(tokenizer, STUDENT_HIDDEN, seed=2000 + seed)
     rows = make_rows("student", BATCH * STUDENT_MAX_STEPS, seed)
     training = _train(model, tokenizer, _batches(rows), learning_rate=lambda step: 3e-3 * min(step / 20, 1.0))
-    step = 0
+    closest, best, steps = model, math.inf, 0
     for step in track(training, STUDENT_MAX_STEPS, f"seed {seed}: student"):
         if step >= STUDENT_FIRST_CHECK and step % STUDENT_CHECK_EVERY == 0:
             scores = {name: accuracy(model, tokenizer, rows) for name, rows in validation.items()}
-            if in_window(scores, margin=VALIDATION_MARGIN):
+            miss = outside_window(scores, margin=VALIDATION_MARGIN)
+            if miss < best:
+                closest, best, steps = copy.deepcopy(model), miss, step
+            if miss == 0:
                 break
-    return model.eval(), step
+    return closest.eval(), steps

@@ -13,7 +13,7 @@ from leaf.data import Encoder, Row, Sample
 from leaf.demo import comparison
 from leaf.demo.arms import RECIPES
 from leaf.demo.detection import detection, oracle
-from leaf.demo.models import STUDENT_HIDDEN, WINDOW, _train, encode, exact_match, in_window, make_model
+from leaf.demo.models import STUDENT_HIDDEN, WINDOW, _train, encode, exact_match, make_model, outside_window
 from leaf.demo.task import NAMES, TEST_SETS, drop_words, make_rows, make_tokenizer
 from leaf.generate import generate
 from leaf.rows import read_rows
@@ -106,12 +106,13 @@ def test_encode_pads_on_the_right_and_asks_for_the_response_only() -> None:
 
 def test_window() -> None:
     middle = {name: (low + high) / 2 for name, (low, high) in WINDOW.items()}
-    assert in_window(middle)
+    assert outside_window(middle) == 0
+    assert outside_window(dict.fromkeys(TEST_SETS, 1.0)) == pytest.approx(0.65 + 0.6)
     for name, (low, high) in WINDOW.items():
-        assert not in_window({**middle, name: low - 0.01})
-        assert in_window({**middle, name: low + 0.01})
-        assert not in_window({**middle, name: low + 0.01}, margin=0.02)
-        assert high == 1 or not in_window({**middle, name: high + 0.01})
+        assert outside_window({**middle, name: low - 0.01}) == pytest.approx(0.01)
+        assert outside_window({**middle, name: low + 0.01}) == 0
+        assert outside_window({**middle, name: low + 0.01}, margin=0.02) == pytest.approx(0.01)
+        assert high == 1 or outside_window({**middle, name: high + 0.01}) == pytest.approx(0.01)
 
 
 def _scored(record: dict[str, Any], lowest: int) -> dict[str, Any]:
