@@ -49,7 +49,7 @@ cli.main(sys.argv[1:])
 """
 
 
-@pytest.mark.parametrize("table", ["score-teacher", "prune"])
+@pytest.mark.parametrize("table", ["score-teacher", "score", "prune"])
 def test_kill_and_resume_equals_an_uninterrupted_run(
     tmp_path: pathlib.Path, pair: dict[str, str], table: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -90,7 +90,13 @@ def test_killed_training_resumes_from_its_last_whole_checkpoint(tmp_path: pathli
         "select": "all",
         "verify": "none",
         "output": str(tmp_path / "run"),
-        "training": {"max_steps": 3, "per_device_train_batch_size": 2, "learning_rate": 1e-2, "save_steps": 1},
+        "training": {
+            "max_steps": 3,
+            "per_device_train_batch_size": 2,
+            "learning_rate": 1e-2,
+            "save_steps": 1,
+            "save_total_limit": 3,
+        },
     }
     file = tmp_path / "config.yaml"
     file.write_text(json.dumps(options))  # JSON is YAML
@@ -111,9 +117,12 @@ def test_killed_training_resumes_from_its_last_whole_checkpoint(tmp_path: pathli
     ]
     done = subprocess.run(argv, capture_output=True, text=True, check=False)
     assert done.returncode == -signal.SIGKILL, done.stderr
+    (first,) = (tmp_path / "killed" / "checkpoints").glob("*/checkpoint-1/model.safetensors")
+    written = first.stat().st_mtime_ns
     said = Said()
     run_stages(RunConfig.from_mapping({**options, "output": str(tmp_path / "killed")}), ("distill",), said)
     assert "distill: resumed from checkpoint-1" in said
+    assert first.stat().st_mtime_ns == written  # the first step was not taken again
     uninterrupted, resumed = (load_file(tmp_path / run / "model" / "model.safetensors") for run in ("run", "killed"))
     assert uninterrupted.keys() == resumed.keys()
     assert all(torch.equal(uninterrupted[name], resumed[name]) for name in resumed)

@@ -131,5 +131,8 @@ def test_a_model_key_follows_content(tmp_path: pathlib.Path) -> None:
     a, b, c = (model_key(str(tmp_path / name)) for name in "abc")
     assert a == b  # the same files elsewhere
     assert a != c  # another training of the same architecture: equal headers and sizes
+    weights = tmp_path / "c" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\x7f")
+    assert model_key(str(tmp_path / "c")) != c
     (tmp_path / "b" / "chat_template.jinja").write_text("{{ messages }}")
     assert model_key(str(tmp_path / "b")) != a
