@@ -6,7 +6,6 @@ Only the standard library is imported until a command runs, so `leaf --help` ans
 from __future__ import annotations
 
 import argparse
-import logging
 import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -64,15 +63,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     if unknown:
         flag = unknown[0].split("=")[0]
         arguments.parser.error(f"unknown option {flag}{did_you_mean(flag, arguments.parser.flags())}")
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     expected = () if arguments.debug else (ValueError, OSError, ImportError, ArithmeticError)
     try:
         return arguments.command(arguments)
     except expected as error:
-        hint = ""
-        if isinstance(error, ImportError):
-            hint = " (`pip install 'leaf-kernels[distill]'` installs what the commands need)"
-        print(f"leaf {arguments.name}: {error}{hint}", file=sys.stderr)
+        hint = " (`pip install 'leaf-kernels[distill]'` installs it)" if isinstance(error, ImportError) else ""
+        print(f"leaf {arguments.name}: {' '.join(str(error).split())}{hint}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(

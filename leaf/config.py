@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import functools
+import os
 import re
 import types
 import typing
@@ -199,6 +200,8 @@ class RunConfig:
         name = getattr(self, role)
         if name is None:
             raise ValueError(f"no {role}: give --{role} FOLDER_OR_HUB_ID (or `{role}:` in the config file)")
+        if not os.path.isdir(name) and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
+            raise ValueError(f"{role}: there is no folder {name!r}, and a hub id is NAME or OWNER/NAME")
         return name
 
     def stage_key(self, stage: str) -> dict[str, Any]:

@@ -71,7 +71,7 @@ def _pair(config: RunConfig, console: Console) -> list[str]:
     from .run import make_encoder
     from .tables import model_key
 
-    names = {"teacher": str(config.teacher), "student": str(config.student)}
+    names = {role: config.named(role) for role in ("teacher", "student")}
     configs = {role: AutoConfig.from_pretrained(name) for role, name in names.items()}
     tokenizers = {role: AutoTokenizer.from_pretrained(name) for role, name in names.items()}
     problems: list[str] = []

@@ -105,7 +105,7 @@ def test_models_that_cannot_be_used(leaf: Leaf) -> None:
         ({"teacher": other}, "different tokenizers"),
         ({"student": leaf.model("plain", tokenizer=tiny.tokenizer(None))}, "the tokenizer has no chat template"),
         ({"student": leaf.model("slow", tokenizer=ByT5Tokenizer())}, "is a slow tokenizer"),
-        ({"student": str(leaf.folder / "absent")}, "absent"),
+        ({"student": str(leaf.folder / "absent")}, "student: there is no folder"),
     ):
         before = leaf.pair
         leaf.pair = {**before, **pair}

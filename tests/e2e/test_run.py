@@ -12,6 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from leaf import cli
 from leaf.config import RunConfig
+from leaf.demo.models import make_model
+from leaf.demo.task import make_rows, make_tokenizer
 from leaf.run import run_all, run_stages
 from leaf.tables import open_table
 
@@ -109,3 +111,19 @@ def test_training_fields_are_checked_before_anything_runs(tmp_path: pathlib.Path
         with pytest.raises(ValueError, match=message):
             run_all(config(tmp_path, pair, training=training))
     assert not (tmp_path / "run").exists()
+
+
+def test_the_example_runs_on_what_the_demo_writes(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On untrained models, which no teacher's answer can verify; the demo's test has the trained ones."""
+    tokenizer = make_tokenizer()
+    for role, hidden in (("teacher", 32), ("student", 16)):
+        make_model(tokenizer, hidden, seed=0).save_pretrained(tmp_path / "out" / "models" / role)
+        tokenizer.save_pretrained(tmp_path / "out" / "models" / role)
+    write_rows(tmp_path / "out" / "rows.jsonl", make_rows("corpus", 10, seed=0))
+    example = pathlib.Path(__file__).parents[2] / "examples" / "own_rows.yaml"
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["run", "--config", str(example), "--select", "all", "--verify", "none"]) == 0
+    output = tmp_path / "out" / "own_rows"
+    assert (output / "report.html").exists()
+    assert open_table(output / "distill").counts == {"groups": 10, "steps": 5}
+    assert [row["checked"] for row in open_table(output / "eval")] == [10, 10]
