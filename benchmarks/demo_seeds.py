@@ -6,7 +6,8 @@
 
 Seeds that have a file are not run again, so several processes can share the work and a killed one goes on. The summary
 (`<name>.json` beside the folder of the seeds, in the form of the demo's results.json) is written after every seed, and its
-plot, `<name>.png`, at the end. `--any-word` trains the teacher on prompts from which any word may be missing, operands
+plot, `<name>.png`, at the end. `--arms` measures only those arms again, and puts them into the files that are there.
+`--any-word` trains the teacher on prompts from which any word may be missing, operands
 included: its deletions then tell it nothing about which words matter.
 """
 
@@ -23,7 +24,7 @@ import transformers
 from rich.console import Console
 
 from leaf import __version__
-from leaf.demo.arms import RECIPES
+from leaf.demo.arms import ARMS, RECIPES
 from leaf.demo.comparison import run_seed, summarise, summary, write_json
 from leaf.plots import plot_arms
 
@@ -48,6 +49,7 @@ def main() -> None:
     parser.add_argument("--preset", choices=tuple(RECIPES), default="fast")
     parser.add_argument("--seeds", default="0-11", help="e.g. 0-11 or 2,3,7 (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--arms", nargs="+", choices=tuple(ARMS), default=())
     parser.add_argument("--any-word", action="store_true")
     arguments = parser.parse_args()
     first, _, last = arguments.seeds.partition("-")
@@ -71,6 +73,12 @@ def main() -> None:
         if not path.exists():
             measured, _ = run_seed(recipe, seed, Ui(console))
             write_json(path, {**measured, "environment": environment})
+        elif arguments.arms:
+            again, _ = run_seed(dataclasses.replace(recipe, arms=tuple(arguments.arms)), seed, Ui(console))
+            measured = json.loads(path.read_text())
+            for part in ("arms", "counts"):
+                measured[part] |= again[part]
+            write_json(path, measured)
         results = summarise(name, [json.loads(path.read_text()) for path in sorted(folder.glob("seed-*.json"))])
         write_json(RESULTS / f"{name}.json", results)
     plot_arms(results)[0].savefig(RESULTS / f"{name}.png", dpi=160)

@@ -12,32 +12,35 @@ class Arm:
     """A way to distil. `prune` says which counterfactuals; without it the arm is KD: originals only, twice as many per step.
 
     select: "teacher_right", or "student_wrong" of them (the paper's choice). verify: who must answer a counterfactual.
+    originals: "paired" trains on the rows that have a counterfactual, "all" on every selected row.
     oracle: delete the planted confounder and nothing else.
     """
 
     prune: PruneConfig | None = None
     select: str = "teacher_right"
     verify: str = "teacher"
+    originals: str = "paired"
     oracle: bool = False
 
 
 ARMS: dict[str, Arm] = {
-    "kd": Arm(),
+    "kd": Arm(originals="all"),
     "random": Arm(PruneConfig(signal="random")),
     "perplexity": Arm(PruneConfig(signal="perplexity")),
     "student_gradient": Arm(PruneConfig(signal="student_gradient")),
     "teacher_gradient": Arm(PruneConfig(signal="teacher_gradient")),
     "leaf": Arm(PruneConfig()),
     "leaf_collective": Arm(PruneConfig(mode="collective")),
-    "leaf_paper": Arm(PruneConfig(rule="threshold", tau=0.05), select="student_wrong", verify="both"),
-    "kd_student_wrong": Arm(select="student_wrong"),
+    # All originals: few rows that the student had wrong give a counterfactual that it has right.
+    "leaf_paper": Arm(PruneConfig(rule="threshold", tau=0.05), select="student_wrong", verify="both", originals="all"),
+    "kd_student_wrong": Arm(select="student_wrong", originals="all"),
     "oracle": Arm(oracle=True),
 }
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Sizes of a preset. A step holds `groups` originals and `groups` counterfactuals, or 2 · `groups` originals (KD)."""
+    """Sizes of a preset. A step of every arm holds 2 · `groups` sequences."""
 
     seeds: tuple[int, ...]
     arms: tuple[str, ...]

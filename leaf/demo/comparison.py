@@ -141,15 +141,14 @@ def run_seed(recipe: Recipe, seed: int, ui: Ui) -> tuple[dict[str, Any], Artifac
                 with _clock(seconds, "verify"):
                     kept[name] = list(verify_rows(made, answers, encoder, loaders, verify=arm.verify, **GRADING))
                 counts[name] = {"made": len(made), "kept": sum(c["verified"] for c in kept[name])}
-            groups = build_groups(
-                selected, kept.get(name, ()), encoder.encode_text, originals="paired" if name in kept else "all"
-            )
+            groups = build_groups(selected, kept.get(name, ()), encoder.encode_text, originals=arm.originals)
             with _clock(seconds, "distil"):
                 model = distil(student, teacher, groups, recipe, seed)
             arms[name] = measure(name, model)
 
         found = detection(scores, records, student_wrong)
-        found["teacher_accuracy_on_counterfactuals"] = counts["leaf"]["kept"] / counts["leaf"]["made"]
+        if "leaf" in kept:
+            found["teacher_accuracy_on_counterfactuals"] = counts["leaf"]["kept"] / counts["leaf"]["made"]
     result = {
         "seed": seed,
         "arms": arms,
@@ -158,16 +157,21 @@ def run_seed(recipe: Recipe, seed: int, ui: Ui) -> tuple[dict[str, Any], Artifac
         "counts": counts,
         "seconds": dict(seconds),
     }
-    return _rounded(result), Artifacts(tokenizer, teacher, student, rows, scores, kept["leaf"])
+    return _rounded(result), Artifacts(tokenizer, teacher, student, rows, scores, kept.get("leaf", []))
 
 
 def distil(
     student: PreTrainedModel, teacher: PreTrainedModel, groups: list[Group], recipe: Recipe, seed: int
 ) -> PreTrainedModel:
-    """A copy of the student after stage 2. Groups without counterfactuals (KD) are taken two for one."""
+    """A copy of the student after stage 2.
+
+    A step holds 2 · `recipe.groups` sequences whatever the groups hold: of KD as many originals, where every group has a
+    counterfactual half as many groups, and in between (on average) where some have one.
+    """
     if not groups:
         raise ValueError("demo: no group is left to train on; the models are not what this recipe expects")
-    batch = recipe.groups * (1 if groups[0]["counterfactuals"] else 2)
+    paired = sum(bool(group["counterfactuals"]) for group in groups) / len(groups)
+    batch = int(2 * recipe.groups / (1 + paired))
     with tempfile.TemporaryDirectory() as folder:
         arguments = LeafArguments(
             output_dir=folder,
