@@ -110,20 +110,19 @@ def distillation(
 ) -> Callable[[torch.Tensor, Head], Distillation]:
     """E7 on one pack, as a function of the student's hidden states and head.
 
-    teacher_hidden: [N, Ht], the teacher's last hidden states on the same pack. coefficient: what a unit of original and of
+    teacher_hidden: [N, Ht], the teacher's last hidden states on the same pack. teacher_head: in the student's dtype, or in
+    any under autocast. coefficient: what a unit of original and of
     counterfactual weight counts, see `coefficients`.
     """
     original, counterfactual = coefficient
 
     def objective(hidden: torch.Tensor, head: Head) -> Distillation:
-        teacher = teacher_hidden, teacher_head.weight
-        if not torch.is_autocast_enabled(hidden.device.type):  # under autocast the op casts, once
-            teacher = teacher[0].to(hidden.dtype), teacher[1].to(head.weight.dtype)
         weight_original, weight_counterfactual = pack["weight_original"], pack["weight_counterfactual"]
         loss, per_token = linear_kl(
             hidden,
             head.weight,
-            *teacher,
+            teacher_hidden.to(teacher_head.weight.dtype),
+            teacher_head.weight,
             token_weight=original * weight_original + counterfactual * weight_counterfactual,
             rows=pack["rows"],
             temperature=temperature,

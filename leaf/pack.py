@@ -6,14 +6,14 @@ A *group* is an original and its counterfactuals: `{"id", "original": {"input_id
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import takewhile
 from typing import Any
 
 import torch
-from torch.utils.data import Dataset, IterableDataset, get_worker_info
+from torch.utils.data import Dataset, IterableDataset
 
 from leaf_kernels import SharedPrefixLayout
 
@@ -107,7 +107,9 @@ class Collator:
     def _tokens(group: Group) -> int:
         """Tokens of the group in a pack: a shared prefix counts once."""
         root, *others = [m["input_ids"] for m in (group["original"], *group["counterfactuals"]) if m]
-        shared = (sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(root, m[:-1]))) for m in others)
+        shared = (
+            sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(root, m[:-1]))) for m in others
+        )
         return len(root) + sum(map(len, others)) - sum(shared)
 
     def _pack(self, groups: Sequence[Group]) -> Pack:
@@ -201,31 +203,41 @@ class GroupSampler:
 
 
 class GroupStream(IterableDataset):
-    """The same for groups that come as a stream: every rank reads all of it and keeps its share of each micro-batch."""
+    """The same for groups that come as a stream: every rank reads all of it and keeps its share of each micro-batch.
+
+    A stream for training repeats itself and counts its passes, as epochs: the Trainer knows one endless epoch of it, so
+    counterfactuals cycle and a run resumes at the right place in any pass. What ends a pass short is not filled up.
+    """
 
     def __init__(
-        self, groups: Iterable[Group], batch_size: int, rank: int, world_size: int, seed: int, count: int | str
+        self,
+        groups: Iterable[Group],
+        batch_size: int,
+        rank: int,
+        world_size: int,
+        seed: int,
+        count: int | str,
+        repeat: bool,
     ):
         self.groups, self.batch_size, self.rank, self.world_size = groups, batch_size, rank, world_size
-        self.seed, self.count, self.epoch = seed, count, 0
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
+        self.seed, self.count, self.repeat = seed, count, repeat
 
     def __iter__(self) -> Iterator[list[Group]]:
-        worker = get_worker_info()
-        workers, mine = (worker.num_workers, worker.id) if worker else (1, 0)
-        total = self.batch_size * self.world_size
-        chunk: list[Group] = []
-        number = 0
-        for index, group in enumerate(self.groups):
-            chunk.append(choose(group, index, self.epoch, self.seed, self.count))
-            if len(chunk) == total:
-                if number % workers == mine:
+        for epoch in itertools.count() if self.repeat else (0,):
+            chunk: list[Group] = []
+            index = -1
+            for index, group in enumerate(self.groups):
+                chunk.append(choose(group, index, epoch, self.seed, self.count))
+                if len(chunk) == self.batch_size * self.world_size:
                     yield self._share(chunk)
-                chunk, number = [], number + 1
-        if chunk and number % workers == mine:
-            yield self._share(chunk)
+                    chunk = []
+            if index < 0:
+                raise ValueError(
+                    f"LeafTrainer: pass {epoch + 1} over the data set gave no groups; a stream must be an iterable that "
+                    "starts again (not a generator), or hold enough groups for max_steps"
+                )
+            if chunk:
+                yield self._share(chunk)
 
     def _share(self, chunk: list[Group]) -> list[Group]:
         return chunk[self.rank * self.batch_size : (self.rank + 1) * self.batch_size]

@@ -70,7 +70,8 @@ def read_rows(
         raise ValueError(f"responses must be 'dataset' or 'teacher', got {responses!r}")
     patterns = [_compiled(pattern) for pattern in protect]
     parts = _template_parts(prompt_template) if prompt_template else None
-    seen: Counter[str] = Counter()
+    seen: Counter[str] = Counter()  # ids, and how far each has been numbered
+    repeated = 0
     count = 0
     for position, (where, record) in enumerate(_records(data)):
         if limit is not None and position >= limit:
@@ -79,8 +80,12 @@ def read_rows(
         if not isinstance(record, Mapping):
             raise ValueError(f"{where}: a row must be an object with named fields, got {type(record).__name__}")
         base = str(record["id"]) if record.get("id") is not None else str(position)
-        seen[base] += 1
-        row_id = base if seen[base] == 1 else f"{base}#{seen[base]}"
+        row_id = base
+        while row_id in seen:
+            seen[base] += 1
+            row_id = f"{base}#{seen[base]}"
+        seen[row_id] = 1
+        repeated += row_id != base
         turns = _prompt(where, record, prompt_column, parts)
         response = _response(where, record, response_column, optional=responses == "teacher")
         if system and all(role != "system" for role, _ in turns):
@@ -93,7 +98,7 @@ def read_rows(
         else:
             messages.append({"role": "assistant", "content": response})
             yield Row(row_id, messages, scored, _answer(where, record, answer_column), dict(record))
-    if repeated := sum(seen.values()) - len(seen):
+    if repeated:
         logger.warning("%d rows repeat the id of an earlier row; '#2', '#3', … was added to theirs", repeated)
     if not count and limit != 0:
         raise ValueError(f"{data}: no rows in it")
@@ -232,7 +237,9 @@ def _answer(where: str, record: Mapping[str, Any], column: str | None) -> str | 
         raise _missing(where, f"field {column!r}", record)
     names = [column] if column else ["prompt_answer", "answer"]
     value = next((record[n] for n in names if record.get(n) not in (None, "")), None)
-    return json.dumps(value, ensure_ascii=False) if isinstance(value, (list, dict)) else value and str(value)
+    if value is None:
+        return None
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, (list, dict)) else str(value)
 
 
 def _compiled(pattern: str) -> re.Pattern[str]:

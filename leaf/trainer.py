@@ -15,7 +15,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from leaf_kernels.integrations.transformers import NAME, check_model, register
 
-from .objective import Distillation, coefficients, distillation, head_of, hidden_states, install
+from .objective import Distillation, Head, coefficients, distillation, head_of, hidden_states, install
 from .pack import Collator, Group, GroupDataset, GroupSampler, GroupStream
 
 logger = logging.getLogger(__name__)
@@ -57,9 +57,13 @@ class LeafArguments(TrainingArguments):
             raise ValueError(f"lambda_ must lie in [0, 1], got {self.lambda_}")
         if self.loss_mode not in ("pair", "concat"):
             raise ValueError(f"loss_mode must be 'pair' or 'concat', got {self.loss_mode!r}")
-        if self.counterfactuals_per_sample != "all" and not str(self.counterfactuals_per_sample).isdigit():
+        each = str(self.counterfactuals_per_sample)
+        if each != "all" and not (each.isdigit() and int(each) > 0):
+            raise ValueError(f"counterfactuals_per_sample must be a positive number or 'all', got {each!r}")
+        if self.train_sampling_strategy not in ("random", "sequential") or self.dataloader_drop_last:
             raise ValueError(
-                f"counterfactuals_per_sample must be a number or 'all', got {self.counterfactuals_per_sample!r}"
+                "LeafTrainer samples groups itself: train_sampling_strategy must be 'random' or 'sequential' and "
+                f"dataloader_drop_last False, got {self.train_sampling_strategy!r} and {self.dataloader_drop_last}"
             )
         if self.n_gpu > 1:
             raise ValueError(
@@ -80,12 +84,12 @@ class LeafTrainer(Trainer):
             `attn_implementation="leaf"`; before `generate()`, call `model.set_attn_implementation("sdpa")`.
         teacher: frozen by this call; moved to the training device.
         train_dataset, eval_dataset: groups (see `leaf.pack`), a sequence or an iterable; an iterable without a length needs
-            `max_steps`.
+            `max_steps` and is read again from its start when it ends.
         vocab_size: distil on the first `vocab_size` columns of both heads. Default: all, where the heads have the same size;
             the smaller size otherwise (padded embeddings). Compare the tokenizers first (`leaf.data.check_pair`).
 
     `evaluate()` returns eval_loss, eval_kl_original and eval_kl_counterfactual: means over all response tokens of the data
-    set, with every counterfactual, whatever the packs and ranks.
+    set, with every counterfactual, whatever the packs and ranks. eval_loss is E7, without `ce_weight`.
     """
 
     args: LeafArguments
@@ -109,6 +113,7 @@ class LeafTrainer(Trainer):
             check_model(each)
             head_of(each)
             each.set_attn_implementation(NAME)
+        _refuse_attention_dropout(student)
         install(student)
         collator = Collator(args.max_tokens, concat=args.loss_mode == "concat")
         super().__init__(
@@ -120,6 +125,12 @@ class LeafTrainer(Trainer):
             **kwargs,
         )
         self.teacher = teacher.requires_grad_(False).eval().to(args.device)
+        self.teacher_head = head_of(teacher)
+        if not (args.bf16 or args.fp16):  # without autocast the op wants one dtype: cast once, not once per pack
+            dtype = head_of(student).weight.dtype
+            self.teacher_head = Head(
+                *(t.to(dtype) if isinstance(t, torch.Tensor) else t for t in self.teacher_head)  # type: ignore[arg-type]
+            )
         sizes = [head_of(each).weight.shape[0] for each in (student, teacher)]
         self.vocab_size = vocab_size if vocab_size is not None or sizes[0] == sizes[1] else min(sizes)
         if student.dtype in (torch.bfloat16, torch.float16) and any(p.requires_grad for p in student.parameters()):
@@ -135,10 +146,8 @@ class LeafTrainer(Trainer):
         if self.train_dataset is None:
             raise ValueError("LeafTrainer: training needs train_dataset, a sequence or an iterable of groups")
         args = self.args
-        shuffle = args.train_sampling_strategy != "sequential"
-        return self._loader(
-            self.train_dataset, args.per_device_train_batch_size, args.counterfactuals_per_sample, shuffle
-        )
+        count = str(args.counterfactuals_per_sample)
+        return self._loader(self.train_dataset, args.per_device_train_batch_size, count, training=True)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         dataset: Any = self.eval_dataset if eval_dataset is None else eval_dataset
@@ -146,12 +155,13 @@ class LeafTrainer(Trainer):
             dataset = self.eval_dataset[dataset]  # type: ignore[index]
         if dataset is None:
             raise ValueError("LeafTrainer: evaluation needs eval_dataset, a sequence or an iterable of groups")
-        return self._loader(dataset, self.args.per_device_eval_batch_size, "all", shuffle=False)
+        return self._loader(dataset, self.args.per_device_eval_batch_size, "all", training=False)
 
-    def _loader(self, dataset: Any, batch_size: int, count: str, shuffle: bool) -> DataLoader:
+    def _loader(self, dataset: Any, batch_size: int, count: str, training: bool) -> DataLoader:
         """Sharded by our own sampler: accelerate's repeats samples where they do not divide by the ranks."""
         args = self.args
-        rank, world_size, seed = args.process_index, args.world_size, args.data_seed or args.seed
+        rank, world_size = args.process_index, args.world_size
+        seed = args.seed if args.data_seed is None else args.data_seed
         common: dict[str, Any] = {
             "collate_fn": self.data_collator,
             "num_workers": args.dataloader_num_workers,
@@ -160,10 +170,16 @@ class LeafTrainer(Trainer):
             "prefetch_factor": args.dataloader_prefetch_factor,
         }
         if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
-            stream = GroupStream(dataset, batch_size, rank, world_size, seed, count)
-            return _Loader(stream, batch_size=None, **common)
+            if args.dataloader_num_workers:
+                raise ValueError(
+                    "LeafTrainer: a stream is read in order by the main process: set dataloader_num_workers=0, got "
+                    f"{args.dataloader_num_workers}"
+                )
+            stream = GroupStream(dataset, batch_size, rank, world_size, seed, count, repeat=training)
+            return DataLoader(stream, batch_size=None, **common)
         if len(dataset) == 0:
             raise ValueError("LeafTrainer: the data set has no groups")
+        shuffle = training and args.train_sampling_strategy == "random"
         sampler = GroupSampler(len(dataset), batch_size, rank, world_size, seed, shuffle)
         return _Loader(GroupDataset(dataset, seed, count), batch_sampler=sampler, **common)
 
@@ -221,12 +237,12 @@ class LeafTrainer(Trainer):
         objective = distillation(
             pack,
             teacher_hidden,
-            head_of(self.teacher),
+            self.teacher_head,
             coefficient,
             temperature=args.temperature,
             divergence=args.divergence,
             beta=args.beta,
-            ce_weight=args.ce_weight,
+            ce_weight=args.ce_weight if model.training else 0.0,
             vocab_size=self.vocab_size,
         )
         return model(**inputs, objective=objective)
@@ -260,7 +276,7 @@ class LeafTrainer(Trainer):
                 kl = torch.stack([result.kl_original, result.kl_counterfactual]).double()
                 weight = torch.stack([pack[w].double().sum() for w in ("weight_original", "weight_counterfactual")])
                 sums += torch.cat([kl, weight])
-                samples += int(pack["layout"].num_segments)
+                samples += int(pack["layout"].num_segments) if len(pack["rows"]) else 0
             self.control = self.callback_handler.on_prediction_step(args, self.state, self.control)
         sums = self.accelerator.reduce(sums, "sum")
         kl, counts = sums[:2], sums[2:]
@@ -272,8 +288,18 @@ class LeafTrainer(Trainer):
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=samples)  # type: ignore[arg-type]
 
 
+def _refuse_attention_dropout(model: PreTrainedModel) -> None:
+    config = model.config.get_text_config()
+    for name in ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob"):
+        if value := getattr(config, name, None):
+            raise ValueError(
+                f"the student's config has {name}={value}, but packed attention has no dropout; load the student with "
+                f"from_pretrained(..., {name}=0.0)"
+            )
+
+
 class _Loader(DataLoader):
     """A DataLoader that passes the epoch on, under the name that the Trainer looks for."""
 
     def set_epoch(self, epoch: int) -> None:
-        (self.dataset if isinstance(self.dataset, GroupStream) else self.batch_sampler).set_epoch(epoch)  # type: ignore
+        self.batch_sampler.set_epoch(epoch)  # type: ignore[union-attr]

@@ -49,12 +49,15 @@ class SharedPrefixLayout:
             value = getattr(self, name)
             if value is None and name != "segment_starts":
                 value = torch.zeros(max(len(self.segment_starts) - 1, 0), dtype=torch.int32)
-            if not isinstance(value, torch.Tensor) or value.is_floating_point() or value.ndim != 1:
+            floats = not isinstance(value, torch.Tensor) or value.is_floating_point() or value.dtype == torch.bool
+            if floats or value.ndim != 1:
                 raise TypeError(f"{_OP}: {name} must be a 1-D integer tensor, got {value!r}")
             if value.device.type != "cpu":
                 raise ValueError(
                     f"{_OP}: {name} is on {value.device}; build the layout on the CPU, then use .to(device)"
                 )
+            if value.numel() and int(value.abs().amax()) > torch.iinfo(torch.int32).max:
+                raise ValueError(f"{_OP}: {name} must fit in int32, got {int(value.abs().amax())}")
             object.__setattr__(self, name, value.to(torch.int32))
         if len(self.segment_starts) == 0:
             raise ValueError(f"{_OP}: segment_starts must have S + 1 >= 1 entries, got none")
@@ -172,7 +175,7 @@ class SharedPrefixLayout:
         return self.cached("position_ids", build)
 
     def spans(self) -> list[tuple[int, int, int, int]]:
-        """(start, end, prefix_start, prefix_len) of every segment, on the host; reads the device unless it is the CPU."""
+        """(start, end, prefix_start, prefix_len) of every segment, on the host, where they stay known after `.to()`."""
 
         def build() -> list[tuple[int, int, int, int]]:
             starts = self.segment_starts.tolist()
@@ -198,7 +201,10 @@ class SharedPrefixLayout:
     # -- moving ----------------------------------------------------------------------------------------------------------
 
     def _map(self, fn: Callable[[torch.Tensor], torch.Tensor]) -> SharedPrefixLayout:
-        return _rebuild([fn(t) for t in self._tensors()], self._facts())
+        moved = _rebuild([fn(t) for t in self._tensors()], self._facts())
+        if self.device.type == "cpu" or "spans" in self._cache:
+            moved._cache["spans"] = self.spans()  # known to the host: never read back from the device
+        return moved
 
     def to(self, device: torch.device | str | int, non_blocking: bool = False) -> SharedPrefixLayout:
         """This layout on another device; schedules are rebuilt there on first use."""

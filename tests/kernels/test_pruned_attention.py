@@ -168,6 +168,25 @@ def test_nan_in_what_is_not_attended_changes_nothing(impl: str):
     assert torch.equal(pruned_attention(q, k, v, layout, keep=keep, impl=impl)[rows], clean[rows])
 
 
+@pytest.mark.parametrize("window", [None, 4])
+@pytest.mark.parametrize("prefix", [False, True])
+def test_nan_stays_in_its_segment(prefix: bool, window):
+    """Segments of 19 and 20 tokens share a padded bucket; the NaN is in a segment of its own."""
+    lengths = [2, 40, 20, 19, 20]
+    layout = SharedPrefixLayout.from_lengths(lengths)
+    if prefix:
+        lens = torch.tensor([0, 0, 7, 7, 6], dtype=torch.int32)
+        layout = SharedPrefixLayout(layout.segment_starts, torch.where(lens > 0, 2, 0).int(), lens)
+    q, k, v = qkv(layout.num_tokens)
+    with torch.no_grad():
+        q[0], k[0], v[0] = (math.nan,) * 3
+    out = pruned_attention(q, k, v, layout, window=window)
+    assert out[:2].isnan().all()
+    assert out[2:].isfinite().all()
+    for gradient in torch.autograd.grad(out[2:].sum(), [q, k, v]):
+        assert gradient[2:].isfinite().all()
+
+
 def test_no_tokens():
     layout = SharedPrefixLayout.from_lengths([0, 0])
     q, k, v = qkv(0)

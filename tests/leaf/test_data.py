@@ -386,3 +386,14 @@ def test_check_pair() -> None:
     other = tiny.tokenizer(corpus=("completely different words here, zebra zebra quiz quiz",))
     with pytest.raises(ValueError, match=r"ids mean different tokens \(id: student / teacher"):
         check_pair(base, other)
+
+
+def test_ids_are_unique_whatever_they_look_like() -> None:
+    records = [{"id": i, "prompt": "p", "completion": "c"} for i in ("a", "a#2", "a", "a")]
+    assert [row.id for row in read_rows(records)] == ["a", "a#2", "a#3", "a#4"]
+
+
+def test_an_answer_of_zero_is_an_answer() -> None:
+    answers = (0, 0.0, False, "", None, [1, 2])
+    rows = read_rows([{"prompt": "p", "completion": "c", "answer": answer} for answer in answers])
+    assert [row.answer for row in rows] == ["0", "0.0", "False", None, None, "[1, 2]"]

@@ -246,16 +246,16 @@ def test_counterfactuals_cycle_over_epochs(tmp_path):
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_resume_equals_an_uninterrupted_run(stream: bool, tmp_path):
-    """Stopped in the middle of the second epoch (of the stream: of its pass)."""
+    """Stopped in the middle of the second epoch, of a stream: of its second pass."""
     options: dict[str, Any] = {
         "learning_rate": 1e-2,
         "per_device_train_batch_size": 2,
         "train_sampling_strategy": "random",
         "counterfactuals_per_sample": "1",
         "save_strategy": "steps",
-        "save_steps": 1 if stream else 5,
+        "save_steps": 5,
     }
-    options.update({"max_steps": 3} if stream else {"num_train_epochs": 2})
+    options.update({"max_steps": 8} if stream else {"num_train_epochs": 2})
     data = Stream() if stream else groups()
 
     def trainer(folder: str) -> LeafTrainer:
@@ -264,8 +264,8 @@ def test_resume_equals_an_uninterrupted_run(stream: bool, tmp_path):
     whole = trainer("whole")
     whole.train()
     resumed = trainer("whole")
-    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{1 if stream else 5}"))
-    assert resumed.state.global_step == whole.state.global_step == (3 if stream else 8)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-5"))
+    assert resumed.state.global_step == whole.state.global_step == 8
     for (name, a), b in zip(whole.model.named_parameters(), resumed.model.parameters()):
         assert torch.equal(a, b), name
 
@@ -313,6 +313,40 @@ def test_nan_stops_before_the_update(tmp_path):
     assert torch.equal(student.lm_head.weight, head)
 
 
+def test_a_stream_cycles_its_counterfactuals_and_must_start_again(tmp_path):
+    group = next(g for g in groups() if len(g["counterfactuals"]) == 3)
+
+    class One(IterableDataset):
+        def __iter__(self):
+            return iter([group])
+
+    options = {"max_steps": 3, "counterfactuals_per_sample": "1"}
+    losses, _ = train(tmp_path, One(), **options)
+    expected = [plain_e7([{**group, "counterfactuals": [c]}])[0] for c in group["counterfactuals"]]
+    assert sorted(losses) == pytest.approx(sorted(expected), rel=1e-5)
+    with pytest.raises(ValueError, match="starts again"):
+        train(tmp_path, (g for g in [group]), **options)
+    with pytest.raises(ValueError, match="dataloader_num_workers=0"):
+        train(tmp_path, One(), **options, dataloader_num_workers=2)
+
+
+def test_a_teacher_in_another_dtype_with_a_bias(tmp_path):
+    """What the command line does on a GPU: the student in fp32, the teacher in bf16."""
+    teacher = model(1, hidden=32)
+    teacher.lm_head = torch.nn.Linear(32, VOCAB, bias=True)
+    teacher = teacher.to(torch.bfloat16)
+    for options in ({}, {"bf16": True}):
+        result = LeafTrainer(model(0).float(), teacher, arguments(tmp_path, **options), groups()).train()
+        assert math.isfinite(result.training_loss)
+
+
+def test_attention_dropout_is_refused_before_training(tmp_path):
+    student = model(0)
+    student.config.attention_dropout = 0.1
+    with pytest.raises(ValueError, match=r"attention_dropout=0\.1"):
+        LeafTrainer(student, model(1), arguments(tmp_path), groups())
+
+
 def test_a_head_that_is_not_plain_is_refused(tmp_path):
     student = model(0)
     student.lm_head.register_forward_hook(lambda *_: None)
@@ -353,7 +387,10 @@ def test_head_post_processing_is_honoured(changes, named):
     [
         ({"lambda_": 1.5}, "lambda_ must lie in"),
         ({"loss_mode": "sum"}, "loss_mode must be 'pair' or 'concat'"),
-        ({"counterfactuals_per_sample": "many"}, "must be a number or 'all'"),
+        ({"counterfactuals_per_sample": "many"}, "must be a positive number or 'all'"),
+        ({"counterfactuals_per_sample": "0"}, "must be a positive number or 'all'"),
+        ({"train_sampling_strategy": "group_by_length"}, "must be 'random' or 'sequential'"),
+        ({"dataloader_drop_last": True}, "dataloader_drop_last False"),
     ],
 )
 def test_bad_arguments_are_named(overrides, message, tmp_path):

@@ -158,7 +158,7 @@ def linear_cross_entropy(
         where a row was not used; detached.
 
     Gradients: hidden, weight and bias where they require them; a frozen weight costs neither the buffer nor the product of
-    its gradient. Numerics, memory, determinism and errors as in `linear_kl`. A label outside [0, V) raises an IndexError on
+    its gradient. Numerics, memory, determinism and errors as in `linear_kl`. A label outside [0, V) raises a RuntimeError on
     a CPU and trips a device-side assertion on a GPU.
     """
     op = "linear_cross_entropy"

@@ -38,8 +38,11 @@ def pruned_attention_sdpa(
     buckets, source = layout.cached("sdpa_buckets", lambda: _plan(layout))
     group = q.shape[1] // k.shape[1]
     outs = []
-    for bucket in buckets:
-        mask, has_key = _mask(bucket, keep, window)
+    for n, bucket in enumerate(buckets):
+        if keep is None:  # the same in all layers of a model that share a window
+            mask, has_key = layout.cached(("sdpa_mask", n, window), lambda b=bucket: _mask(b, None, window))  # type: ignore
+        else:
+            mask, has_key = _mask(bucket, keep, window)
         out = F.scaled_dot_product_attention(
             _heads_first(q, bucket.query_rows),
             _heads_first(k, bucket.key_rows, group),
@@ -127,8 +130,7 @@ def _make_bucket(spans: list[tuple[int, int, int, int]]) -> _Bucket:
     i = torch.arange(int(own.max()))
     j = torch.arange(int((own + prefix_len).max()))
     real = i < own
-    query_rows = torch.where(real, start + i, 0)
-    key_rows = torch.where(
-        j < prefix_len, prefix_start + j, torch.where(j < prefix_len + own, start + j - prefix_len, 0)
-    )
+    # Padding repeats the segment's own last row: a NaN elsewhere in the pack must not reach it through 0 · NaN.
+    query_rows = torch.minimum(start + i, end - 1)
+    key_rows = torch.where(j < prefix_len, prefix_start + j, torch.minimum(start + j - prefix_len, end - 1))
     return _Bucket(query_rows, key_rows, real, prefix_len + i if bool(prefix_len.any()) else None)
