@@ -33,7 +33,9 @@ class Terminal:
 
     def __init__(self) -> None:
         from rich.console import Console
+        from transformers.utils.logging import disable_progress_bar
 
+        disable_progress_bar()  # loading weights has one of its own
         self.console = Console(stderr=True, highlight=False)
 
     def say(self, message: str) -> None:
@@ -141,11 +143,8 @@ def _doctor(arguments: argparse.Namespace) -> int:
 
 def _stages(arguments: argparse.Namespace) -> int:
     config = from_arguments(arguments)
-    from transformers.utils.logging import disable_progress_bar
-
     from . import run
 
-    disable_progress_bar()  # there is one bar per stage
     ui = Terminal() if os.environ.get("RANK", "0") == "0" else run.Silent()
     problems = run.run_stages(config, STAGE_COMMANDS[arguments.name][1], ui)
     for problem in problems:

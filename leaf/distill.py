@@ -42,7 +42,7 @@ def distill(run: Run) -> Table:
             run.load(run.name("teacher")),
             arguments,
             train_dataset=groups,
-            vocab_size=run.shared_vocabulary,
+            vocab_size=run.shared_vocabulary(),
             processing_class=run.encoder.tokenizer,
         )
         _report_progress(trainer, run.ui)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import collections
 import functools
+import gc
 import logging
 import os
 import pathlib
@@ -92,16 +93,22 @@ class Run:
         return make_encoder(self.config)
 
     def load(self, name: str, dtype: torch.dtype | None = None) -> PreTrainedModel:
-        """A model on the device, by default in `--dtype`."""
-        device = device_of(self.config)
-        if dtype is None:
-            auto = torch.bfloat16 if device.type == "cuda" else torch.float32
-            dtype = auto if self.config.dtype == "auto" else getattr(torch, self.config.dtype)
-        model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
-        return model.to(device)
+        """A model on the device, by default in `--dtype`. One model is resident at a time: the one before is freed."""
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=dtype or getattr(torch, self.dtype))
+        return model.to(device_of(self.config))
 
-    @functools.cached_property
+    @property
+    def dtype(self) -> str:
+        """Of frozen models."""
+        if self.config.dtype != "auto":
+            return self.config.dtype
+        return "bfloat16" if device_of(self.config).type == "cuda" else "float32"
+
     def shared_vocabulary(self) -> int:
+        """Columns of both heads that mean the same token; an error where the tokenizers differ."""
         return check_pair(self.encoder.tokenizer, AutoTokenizer.from_pretrained(self.name("teacher")))
 
     def name(self, role: str) -> str:
@@ -113,7 +120,7 @@ class Run:
 
     def generation_key(self, model: str, **inputs: Any) -> dict[str, Any]:
         """What the answers of a model depend on besides `inputs`."""
-        options = {name: getattr(self.config, name) for name in ("grader", "max_new_tokens", "dtype")}
+        options = {"grader": self.config.grader, "max_new_tokens": self.config.max_new_tokens, "dtype": self.dtype}
         rendering = self.encoder.fingerprint
         return {"leaf": __version__, "model": model_key(model), "rendering": rendering, **options, **inputs}
 
@@ -125,7 +132,7 @@ class Run:
                 f"teacher and student are the same model ({self.config.student}): every difference between them is 0; "
                 "give --teacher a stronger one"
             )
-        logger.debug("%d tokens are shared", self.shared_vocabulary)
+        self.shared_vocabulary()
         return keys
 
     def key(self, stage: str, **inputs: Any) -> dict[str, Any]:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import functools
 import itertools
 import json
-import logging
 import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pyarrow as pa
 import torch
@@ -27,11 +27,6 @@ from .select import decide as decide_row
 from .tables import Table, digest, model_key, open_table
 from .verify import ROLES, answered_rightly
 from .verify import decide as decide_counterfactual
-
-if TYPE_CHECKING:
-    pass
-
-logger = logging.getLogger(__name__)
 
 _TEXT, _INT, _FLOAT, _BOOL = pa.string(), pa.int64(), pa.float64(), pa.bool_()
 _SPANS, _NUMBERS = pa.list_(pa.list_(pa.int64())), pa.list_(pa.float32())
@@ -137,7 +132,7 @@ def score(run: Run) -> Table:
                 nll = None if one.nll is None else one.nll.tolist()
                 yield [{"norm": one.norm.tolist(), "loss": one.loss, "nll": nll}], {}
 
-        key = {"samples": rendered, "model": models[role], "perplexity": perplexity, "dtype": run.config.dtype}
+        key = {"samples": rendered, "model": models[role], "perplexity": perplexity, "dtype": run.dtype}
         return run.table(f"score-{role}", {"leaf": __version__, **key}, SENSITIVITY, samples, produce)
 
     def sensitivity(row: Mapping[str, Any]) -> Sensitivity:
@@ -181,17 +176,17 @@ def prune(run: Run) -> Table:
 def verify(run: Run) -> Table:
     """Counterfactuals with the verdict of the models (E6)."""
     pruned, selected = open_table(run.folder / "prune"), open_table(run.folder / "select")
-    answers = {row["id"]: row["answer"] for row in selected.arrow(["id", "answer"]).to_pylist()}
+    references = {row["id"]: row["answer"] for row in selected.arrow(["id", "answer"]).to_pylist()}
     units = range(len(pruned))
 
     def ask(role: str) -> Table:
         def produce(todo: Sequence[int]) -> Produced:
             rows = list(itertools.islice(pruned, todo[0], None))
             model = run.load(run.name(role))
-            for right in answered_rightly(model, run.encoder, rows, answers, **run.generation()):
+            for right in answered_rightly(model, run.encoder, rows, references, **run.generation()):
                 yield [{"right": right}], {}
 
-        key = run.generation_key(run.name(role), counterfactuals=pruned.fingerprint, answers=digest(answers))
+        key = run.generation_key(run.name(role), counterfactuals=pruned.fingerprint, references=digest(references))
         return run.table(f"verify-{role}", key, ANSWERS, units, produce)
 
     told = {role: ask(role) for role in ROLES[str(run.config.verify)]}
@@ -224,7 +219,10 @@ def evaluate(run: Run) -> Table:
         raise ValueError(f"{after} is missing: remove {run.folder / 'distill'} and run `leaf distill` again")
     if run.config.eval_data is None:
         run.ui.say("eval: no --eval-data: accuracy is that on the rows of --data, which the student was trained on")
-    rows = [unit for unit in read(run.config, run.config.eval_data or run.config.data) if isinstance(unit, Row)]
+    units = list(read(run.config, run.config.eval_data or run.config.data))
+    rows = [unit for unit in units if isinstance(unit, Row)]
+    for reason, count in collections.Counter(unit.reason for unit in units if isinstance(unit, Skip)).items():
+        run.ui.say(f"eval: {count} of {len(units)} rows are left out: {reason}")
     scores = open_table(run.folder / "score")
     options = prune_options(run.config)
     models = {"before": run.name("student"), "after": str(after)}
@@ -236,7 +234,7 @@ def evaluate(run: Run) -> Table:
                 yield [{"attention": share}], {}
 
         flagged = {"scores": scores.fingerprint, "flags": dataclasses.asdict(options)}
-        key = {"leaf": __version__, "model": model_key(model), "dtype": run.config.dtype, **flagged}
+        key = {"leaf": __version__, "model": model_key(model), "dtype": run.dtype, **flagged}
         return run.table(name, key, ATTENTION, range(len(scores)), produce)
 
     told = {
@@ -260,13 +258,15 @@ def evaluate(run: Run) -> Table:
 
 
 def report(run: Run) -> None:
-    """report.html, plots/ and tokens.csv, from whatever tables there are."""
-    from .report import save_plots, write_csv, write_report
+    """report.html, plots/ and tokens.csv; accuracy and attention where the run was evaluated."""
+    from .report import save_plots, write_csv, write_report  # matplotlib takes a second to import
 
     if not run.is_writer:
         return
-    tables: dict[str, Any] = {"scores": open_table(run.folder / "score")}
-    tables["counterfactuals"] = open_table(run.folder / "verify")
+    tables: dict[str, Any] = {
+        "scores": open_table(run.folder / "score"),
+        "counterfactuals": open_table(run.folder / "verify"),
+    }
     named = {role: getattr(run.config, role) for role in ("teacher", "student")}
     results: dict[str, Any] = {"run": {role: name for role, name in named.items() if name}}
     results["counts"] = {name: open_table(run.folder / name).counts for name in ("select", "score", "prune", "verify")}
