@@ -114,7 +114,7 @@ def test_training_fields_are_checked_before_anything_runs(tmp_path: pathlib.Path
 
 
 def test_the_example_runs_on_what_the_demo_writes(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On untrained models, which no teacher's answer can verify; the demo's test has the trained ones."""
+    """On untrained models, whose answers verify nothing."""
     tokenizer = make_tokenizer()
     for role, hidden in (("teacher", 32), ("student", 16)):
         make_model(tokenizer, hidden, seed=0).save_pretrained(tmp_path / "out" / "models" / role)
