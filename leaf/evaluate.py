@@ -8,39 +8,11 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from .attention import Marked, attention_to_marked
-from .data import Encoder, Row, Skip
-from .generate import Loader, with_model
-from .graders import Grader
+from .data import Skip
 from .prune import PruneConfig, flags_of
-from .select import Answer, answer_rows
+from .select import Answer
 
 ScoreRow = Mapping[str, Any]
-
-
-def compare(
-    loaders: Mapping[str, Loader],
-    encoder: Encoder,
-    rows: Sequence[Row],
-    score_rows: Sequence[ScoreRow] = (),
-    config: PruneConfig | None = None,
-    *,
-    grader: str | Grader = "math",
-    max_new_tokens: int = 512,
-    max_tokens: int = 16384,
-) -> dict[str, dict[str, float | None]]:
-    """`summary` of every model, e.g. of {"before": ..., "after": ...}, on the same rows; one model resident at a time.
-
-    Args:
-        score_rows: rows of a scores table, on whose flagged tokens the attention is measured.
-        config: how they are flagged, `PruneConfig()` if None.
-    """
-
-    def measure(model: PreTrainedModel) -> dict[str, float | None]:
-        options = {"grader": grader, "max_new_tokens": max_new_tokens, "max_tokens": max_tokens}
-        answers = list(answer_rows(model, encoder, rows, **options))  # type: ignore[arg-type]
-        return summary(answers, attention_to_flagged(model, score_rows, config or PruneConfig(), max_tokens=max_tokens))
-
-    return {name: with_model(load, measure) for name, load in loaders.items()}
 
 
 def attention_to_flagged(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from transformers import PreTrainedModel
 
@@ -77,8 +78,8 @@ def select_rows(
     for role in roles(select, responses):
 
         def ask(model: PreTrainedModel) -> list[Answer | Skip]:
-            options = {"grader": grader, "max_new_tokens": max_new_tokens, "max_tokens": max_tokens}
-            return list(answer_rows(model, encoder, items, **options))  # type: ignore[arg-type]
+            options: dict[str, Any] = {"grader": grader, "max_new_tokens": max_new_tokens, "max_tokens": max_tokens}
+            return list(answer_rows(model, encoder, items, ask_unchecked=responses == "teacher", **options))
 
         answers[role] = iter(with_model(loaders[role], ask))
     for unit in rows:
@@ -97,14 +98,17 @@ def answer_rows(
     grader: str | Grader = "math",
     max_new_tokens: int = 512,
     max_tokens: int = 16384,
+    ask_unchecked: bool = False,
 ) -> Iterator[Answer | Skip]:
     """What a model answers each row, greedily, from the same prompt that it is scored and trained on; in order.
 
-    A skip stands for a row that cannot be rendered, or whose prompt alone exceeds the encoder's `max_length`.
+    A row whose answer cannot be checked is asked only where `ask_unchecked`; else its response is "". A skip stands for a
+    row that cannot be rendered, or whose prompt alone exceeds the encoder's `max_length`.
     """
     grade = resolve(grader)
     prompts = [_prompt(encoder, row) for row in rows]
-    asked = [prompt for prompt in prompts if isinstance(prompt, str)]
+    can_check = [row.answer is not None and checkable(grader, row.answer) for row in rows]
+    asked = [p for p, check in zip(prompts, can_check) if isinstance(p, str) and (check or ask_unchecked)]
     end = encoder.end_of_turn_id
     responses = generate(
         model,
@@ -114,13 +118,12 @@ def answer_rows(
         max_tokens=max_tokens,
         stop=() if end is None else (end,),
     )
-    for row, prompt in zip(rows, prompts):
+    for row, prompt, check in zip(rows, prompts, can_check):
         if isinstance(prompt, Skip):
             yield prompt
             continue
-        response = next(responses)
-        can_check = row.answer is not None and checkable(grader, row.answer)
-        yield Answer(response, grade(response, row.answer) if can_check else None)  # type: ignore[arg-type]
+        response = next(responses) if check or ask_unchecked else ""
+        yield Answer(response, grade(response, row.answer) if check else None)  # type: ignore[arg-type]
 
 
 def _prompt(encoder: Encoder, row: Row) -> str | Skip:

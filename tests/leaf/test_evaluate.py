@@ -5,9 +5,9 @@ import tiny
 import torch
 
 from leaf.data import Encoder, Row, Skip, read_rows
-from leaf.evaluate import attention_to_flagged, compare, summary
+from leaf.evaluate import attention_to_flagged, summary
 from leaf.prune import PruneConfig, flags_of
-from leaf.select import Answer, answer_rows
+from leaf.select import Answer
 
 
 def test_summary() -> None:
@@ -57,20 +57,3 @@ def test_attention_to_flagged_tokens() -> None:
         assert share == pytest.approx(eager_share(model, row, flagged), rel=1e-4)
     nothing = PruneConfig(rule="threshold", tau=-1.0)
     assert list(attention_to_flagged(model, table, nothing)) == [None] * 3
-
-
-def test_compare_before_and_after() -> None:
-    tokenizer = tiny.tokenizer()
-    encoder = Encoder(tokenizer)
-    models = {name: tiny.model(tokenizer, seed=n, initializer_range=0.5) for n, name in enumerate(("before", "after"))}
-    options = {"grader": "exact", "max_new_tokens": 4}
-    records = [{"prompt": p, "completion": "x", "answer": "?"} for p in ("How many", "Tom has", "Eva is 5")]
-    said = list(answer_rows(models["after"], encoder, list(read_rows(records)), **options))
-    for record, answer in zip(records[:2], said):
-        record["answer"] = answer.response.strip()
-    rows = [r for r in read_rows(records) if isinstance(r, Row)]
-    loaders = {name: (lambda name=name: models[name]) for name in models}
-    found = compare(loaders, encoder, rows, scores(encoder, rows), **options)
-    assert found["after"]["accuracy"] == pytest.approx(2 / 3)
-    assert found["before"]["accuracy"] < 2 / 3
-    assert found["before"]["attention_to_flagged"] != found["after"]["attention_to_flagged"]

@@ -103,3 +103,23 @@ def test_select_rows() -> None:
     everything = list(select_rows(rows, encoder, {}, select="all"))
     assert [s.status for s in everything] == ["ok"] * 5 + ["skipped"]
     assert isinstance(everything[0], Selected)
+
+
+def test_rows_that_cannot_be_checked_are_not_generated_for(monkeypatch) -> None:
+    import leaf.select
+
+    tokenizer = tiny.tokenizer()
+    encoder, asked = Encoder(tokenizer), []
+
+    def counted(model, tokenizer, prompts, **options):
+        asked.append(len(prompts))
+        yield from ("x" for _ in prompts)
+
+    monkeypatch.setattr(leaf.select, "generate", counted)
+    rows = list(
+        read_rows([{"prompt": "How many", "completion": "2"}, {"prompt": "a", "completion": "x", "answer": "x"}])
+    )
+    for ask, count in ((False, 1), (True, 2)):
+        answers = list(answer_rows(None, encoder, rows, grader="exact", ask_unchecked=ask))
+        assert [answer.right for answer in answers] == [None, True]
+        assert asked.pop() == count
