@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import pyarrow as pa
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from . import __version__
 from .config import STAGES, RunConfig
@@ -93,11 +93,20 @@ class Run:
         return make_encoder(self.config)
 
     def load(self, name: str, dtype: torch.dtype | None = None) -> PreTrainedModel:
-        """A model on the device, by default in `--dtype`. One model is resident at a time: the one before is freed."""
+        """A model on the device, by default in `--dtype`. One model is resident at a time: the one before is freed.
+
+        Attention dropout is set to 0: packed attention has none.
+        """
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=dtype or getattr(torch, self.dtype))
+        config = AutoConfig.from_pretrained(name)
+        for option in ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob"):
+            if getattr(config.get_text_config(), option, None):
+                self.ui.say(f"{name}: {option} is set to 0")
+                setattr(config.get_text_config(), option, 0.0)
+        dtype = dtype or getattr(torch, self.dtype)
+        model: Any = AutoModelForCausalLM.from_pretrained(name, config=config, dtype=dtype)
         return model.to(device_of(self.config))
 
     @property

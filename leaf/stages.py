@@ -65,11 +65,12 @@ EVALUATION = pa.schema(
 )
 
 
-def answers(run: Run, name: str, model: str, units: Sequence[Row]) -> Table:
+def answers(run: Run, name: str, model: str, units: Sequence[Row], ask_unchecked: bool = False) -> Table:
     """What a model answers each row, in a table of its own: another model or selection does not ask it again."""
 
     def produce(todo: Sequence[Row]) -> Produced:
-        for answer in answer_rows(run.load(model), run.encoder, todo, **run.generation()):
+        options = {**run.generation(), "ask_unchecked": ask_unchecked}
+        for answer in answer_rows(run.load(model), run.encoder, todo, **options):
             if isinstance(answer, Answer):
                 right = {None: "unchecked", True: "right", False: "wrong"}[answer.right]
                 yield [{"response": answer.response, "right": answer.right}], {right: 1}
@@ -77,7 +78,8 @@ def answers(run: Run, name: str, model: str, units: Sequence[Row]) -> Table:
                 yield [{"skip": answer.reason, "detail": answer.detail}], {f"skipped:{answer.reason}": 1}
 
     asked = digest([dataclasses.asdict(row) for row in units])
-    return run.table(name, run.generation_key(model, rows=asked), ANSWERS, units, produce)
+    key = run.generation_key(model, rows=asked, ask_unchecked=ask_unchecked)
+    return run.table(name, key, ANSWERS, units, produce)
 
 
 def select(run: Run) -> Table:
@@ -87,7 +89,8 @@ def select(run: Run) -> Table:
     asked = roles(run.config.select, run.config.responses)
     if asked:
         run.models()
-    told = {role: answers(run, f"select-{role}", run.name(role), rows) for role in asked}
+    unchecked = run.config.responses == "teacher"  # a response is wanted of rows without an answer too
+    told = {role: answers(run, f"select-{role}", run.name(role), rows, unchecked) for role in asked}
 
     def produce(todo: Sequence[Row | Skip]) -> Produced:
         given = {role: _from(table, units, todo, Row) for role, table in told.items()}

@@ -6,6 +6,7 @@ import pathlib
 from typing import Any
 
 import pytest
+import tiny
 import torch
 from small import Said, word_problems, write_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -127,3 +128,15 @@ def test_the_example_runs_on_what_the_demo_writes(tmp_path: pathlib.Path, monkey
     assert (output / "report.html").exists()
     assert open_table(output / "distill").counts == {"groups": 10, "steps": 5}
     assert [row["checked"] for row in open_table(output / "eval")] == [10, 10]
+
+
+def test_attention_dropout_is_set_aside(tmp_path: pathlib.Path, pair: dict[str, str]) -> None:
+    tokenizer = tiny.tokenizer()
+    for role, seed in (("teacher", 1), ("student", 0)):
+        tiny.model(tokenizer, arch="gpt2", seed=seed, hidden=16, attn_pdrop=0.1).save_pretrained(tmp_path / role)
+        tokenizer.save_pretrained(tmp_path / role)
+    said = Said()
+    models = {role: str(tmp_path / role) for role in pair}
+    run_stages(config(tmp_path, models), ("select", "score", "prune", "verify", "distill"), said)
+    assert f"{tmp_path / 'student'}: attn_pdrop is set to 0" in said
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model").config.attn_pdrop == 0
