@@ -28,7 +28,7 @@ TRAINING_DEFAULTS: dict[str, Any] = {
 
 _MODELS = "select score verify distill eval doctor"
 _ROWS = "select eval doctor"
-_RENDER = "select score verify eval doctor"
+_RENDER = "select score verify distill eval doctor"
 _ALL = " ".join(STAGES)
 
 # Short flags for the fields of LeafArguments that are set most; all others go into `training:` of the YAML file.
@@ -98,7 +98,7 @@ class RunConfig:
     template_date: str | None = _option(
         None, "the day that templates print, YYYY-MM-DD (default: a fixed day)", _RENDER
     )
-    max_length: int = _option(4096, "tokens of a row; longer rows are skipped and counted", "score distill eval doctor")
+    max_length: int = _option(4096, "tokens of a row; longer rows are skipped and counted", _RENDER)
     truncate: Literal["response"] | None = _option(
         None, "cut long responses at the end instead of skipping", "score doctor"
     )
@@ -113,7 +113,7 @@ class RunConfig:
     grader: str = _option("math", "how answers are checked: exact, math, qa or module:function", "select verify eval")
     max_new_tokens: int = _option(512, "tokens that a model may generate", "select verify eval")
 
-    level: Literal["instruction", "response", "both"] = _option("instruction", "which tokens are scored", "score prune")
+    level: Literal["instruction", "response", "both"] = _option("instruction", "which tokens are scored", "score")
     segments: Literal[2, 3] = _option(2, "segments that a response is cut into at response level", "score")
     rule: Literal["quantile", "threshold"] = _option(
         "quantile", "flag a share of the tokens, or scores up to tau", "prune eval"

@@ -75,6 +75,8 @@ def training_arguments(config: RunConfig, folder: pathlib.Path) -> LeafArguments
     }
     for name in ("lambda_", "temperature", "divergence", "beta", "ce_weight", "max_tokens"):
         own[name] = getattr(config, name)
+    if not own["use_cpu"] and not {"bf16", "fp16"} & set(config.training):
+        own["bf16"] = True  # fp32 weights under autocast
     for name in config.training:
         if name in own:
             raise ValueError(f"training: {name} is set by the run: use the option beside `training`, not inside it")

@@ -29,6 +29,10 @@ def check(config: RunConfig, console: Console) -> bool:
         Whether nothing was found that will stop a run.
     """
     console.print(_environment())
+    if config.device != "auto":
+        from .run import device_of
+
+        device_of(config)
     problems = []
     if config.teacher and config.student:
         problems = _pair(config, console)

@@ -20,7 +20,7 @@ import pyarrow as pa
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from . import __version__
+from . import __version__, graders
 from .config import STAGES, RunConfig
 from .data import Encoder, Row, Skip, check_pair, read_rows
 from .tables import Table, is_current, model_key, open_table, write_table
@@ -73,7 +73,15 @@ def make_encoder(config: RunConfig) -> Encoder:
 def device_of(config: RunConfig) -> torch.device:
     """Where models run; under a launcher, each rank has its GPU."""
     if config.device != "auto":
-        return torch.device(config.device)
+        try:
+            device = torch.device(config.device)
+        except RuntimeError:
+            raise ValueError(f"--device must be auto, cpu, cuda or cuda:N, got {config.device!r}") from None
+        if device.type == "cuda" and not torch.cuda.is_available():
+            raise ValueError(
+                f"--device {config.device}: torch {torch.__version__} sees no GPU; use --device cpu or auto"
+            )
+        return device
     if not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
@@ -198,6 +206,9 @@ def run_stages(config: RunConfig, stages: Sequence[str], ui: Ui | None = None) -
 
     run = Run(config, ui)
     prune_options(config)  # what is misspelt is told now, not after hours
+    device_of(config)
+    if {"select", "verify", "eval"} & set(stages):
+        graders.resolve(config.grader)
     if "distill" in stages:
         training_arguments(config, run.folder)
     for stage in stages:

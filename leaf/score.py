@@ -102,7 +102,8 @@ def sensitivities(
     """E1 for one model, in order. Samples are packed, never mixed: the loss of a pack is the sum of its samples' means.
 
     No parameter ever has a gradient: weights are frozen and the loss is differentiated with respect to detached embeddings.
-    Logits are never held for more than a chunk of the response rows.
+    Logits are never held for more than a chunk of the response rows. The model is left frozen, in eval mode, on
+    `attn_implementation="leaf"` and, where asked, with activation checkpointing on.
     """
     register()
     check_model(model)

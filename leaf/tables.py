@@ -126,7 +126,7 @@ def write_table(
         elif shards:
             log(f"{folder.name}: resumed after {len(shards)} of {-(-len(units) // SHARD_UNITS)} shards")
         manifest["shards"] = shards
-    _write_manifest(folder, manifest)
+    # The old manifest stays until the first new shard is whole: a run that fails before that has lost nothing.
 
     rows: list[Row] = []
     counts: collections.Counter[str] = collections.Counter()

@@ -19,7 +19,18 @@ def wheel(tmp_path_factory) -> zipfile.ZipFile:
     blocked, out = tmp_path_factory.mktemp("blocked"), tmp_path_factory.mktemp("wheel")
     for name in ("torch", "triton"):
         (blocked / f"{name}.py").write_text("raise ImportError('the build must not import this')")
-    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-q", "-w", str(out), str(ROOT)]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--no-deps",
+        "--no-build-isolation",
+        "-q",
+        "-w",
+        str(out),
+        str(ROOT),
+    ]
     subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": str(blocked)})
     (path,) = out.glob("*.whl")
     assert path.name.endswith("-py3-none-any.whl")

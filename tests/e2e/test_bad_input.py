@@ -192,3 +192,41 @@ def test_no_rows_left_names_the_remedy(leaf: Leaf) -> None:
     assert code == 2
     assert "select: unchanged" in said
     assert not (leaf.output / "score").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--device", "cuda"), "sees no GPU; use --device cpu"),
+        (("--device", "gpu"), "--device must be auto, cpu, cuda or cuda:N, got 'gpu'"),
+        (("--grader", "pyton"), "'pyton'"),
+    ],
+)
+def test_what_is_misspelt_is_told_before_anything_runs(leaf: Leaf, flags: tuple[str, ...], message: str) -> None:
+    if flags[1] == "cuda" and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    code, said = leaf("run", *flags, rows=word_problems(4))
+    assert (code, leaf.output.exists()) == (2, False)
+    assert message in said
+
+
+def test_a_pair_without_a_chat_template_runs_to_the_end(leaf: Leaf) -> None:
+    for role, seed in (("teacher", 1), ("student", 0)):
+        leaf.pair[role] = leaf.model(role, seed=seed, tokenizer=tiny.tokenizer(None))
+    options = (
+        "--chat-template",
+        "none",
+        "--select",
+        "all",
+        "--verify",
+        "none",
+        "--max-steps",
+        "1",
+        "--batch-size",
+        "2",
+    )
+    code, said = leaf("run", *options, "--max-new-tokens", "2", rows=word_problems(4))
+    assert code == 0, said
+    assert (leaf.output / "model" / "model.safetensors").exists()
+    code, said = leaf("distill", "--chat-template", "none", "--max-steps", "1", "--batch-size", "2")
+    assert (code, "unchanged" in said) == (0, True)

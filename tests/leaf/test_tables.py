@@ -136,3 +136,12 @@ def test_a_model_key_follows_content(tmp_path: pathlib.Path) -> None:
     assert model_key(str(tmp_path / "c")) != c
     (tmp_path / "b" / "chat_template.jinja").write_text("{{ messages }}")
     assert model_key(str(tmp_path / "b")) != a
+
+
+def test_a_run_that_fails_before_its_first_shard_has_lost_nothing(tmp_path: pathlib.Path) -> None:
+    first, *_ = build(tmp_path)
+    with pytest.raises(Killed):
+        build(tmp_path, key=2, die_at=1)
+    assert open_table(tmp_path / "score").rows() == first.rows()
+    _, calls, said = build(tmp_path)
+    assert (calls, said) == ([], ["score: unchanged"])
