@@ -1,8 +1,8 @@
 """Runs a preset of `leaf demo` on many seeds, one JSON file per seed, and sums them up.
 
     python benchmarks/demo_seeds.py --preset fast --seeds 0-11
-    python benchmarks/demo_seeds.py --preset full --seeds 2-6
-    python benchmarks/demo_seeds.py --preset fast --seeds 2-6 --any-word
+    python benchmarks/demo_seeds.py --preset full --seeds 2,3,4,6,7
+    python benchmarks/demo_seeds.py --preset fast --seeds 2,3,4,6,7 --any-word
 
 Seeds that have a file are not run again, so several processes can share the work and a killed one goes on. The summary
 (`<name>.json` beside the folder of the seeds, in the form of the demo's results.json) is written after every seed, and its
