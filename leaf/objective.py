@@ -1,6 +1,6 @@
 """The distillation objective (E7), computed inside the student's own forward.
 
-Loss and head run inside the wrapped model's forward, so that DDP, FSDP2 and ZeRO see every gradient: a head that is read
+Loss and head run inside the wrapped model's forward, where wrappers look for gradients: a head that is read
 from outside is an unsynchronised parameter under DDP, an empty shard under FSDP and a tensor of size 0 under ZeRO-3.
 """
 
