@@ -48,3 +48,13 @@ def test_commands_and_options_exist():
 def test_links_lead_somewhere():
     for target in re.findall(r"\]\(([^)#:]+)\)", README):
         assert (Path(__file__).parents[1] / target).exists(), target
+
+
+def test_numbers_are_those_of_the_committed_results():
+    import runpy
+
+    tables = runpy.run_path(str(Path(__file__).parents[1] / "benchmarks" / "tables.py"))
+    for path, blocks in tables["documents"]().items():
+        text = path.read_text()
+        assert tables["filled"](text, blocks) == text, f"{path.name}: run python benchmarks/tables.py"
+        assert "<!-- demo-full -->" in text

@@ -1,0 +1,102 @@
+"""Writes the demo's tables into README.md and docs/method-notes.md, between their markers:  python benchmarks/tables.py
+
+Numbers in the documentation come from `benchmarks/results/` and from nowhere else; a test holds that they are up to date.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results" / "demo"
+TEST_SETS = ("in_distribution", "adversarial", "clean")
+NAMES = {
+    "teacher": "teacher",
+    "student": "student before",
+    "kd": "KD, no deletion",
+    "random": "random spans",
+    "perplexity": "perplexity mask",
+    "teacher_gradient": "teacher gradient only",
+    "student_gradient": "student gradient only",
+    "leaf": "**LeaF**, span",
+    "leaf_collective": "**LeaF**, collective",
+    "kd_student_wrong": "KD, student-wrong rows",
+    "leaf_paper": "LeaF, paper's preset",
+    "oracle": "oracle",
+}
+
+
+def mean_sd(values: Sequence[float], sign: str = "") -> str:
+    spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):{sign}.3f}{spread}"
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def load(name: str) -> dict[str, Any]:
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+def seeds(results: dict[str, Any]) -> str:
+    inside = sum(results["window"]["inside"])
+    return f"{len(results['seeds'])} seeds ({', '.join(map(str, results['seeds']))}; {inside} inside the useful window)"
+
+
+def arms(results: dict[str, Any]) -> str:
+    rows = [
+        [NAMES[arm], *(mean_sd(metrics[name]) for name in (*TEST_SETS, "attention_to_confounder"))]
+        for arm, metrics in sorted(results["arms"].items(), key=lambda item: list(NAMES).index(item[0]))
+    ]
+    return markdown(["arm", "in distribution", "adversarial", "clean", "attention to the confounder"], rows)
+
+
+def paired(results: dict[str, Any]) -> str:
+    rows = [
+        [name, *(f"{mean_sd(values[test], '+')}, worst {min(values[test]):+.3f}" for test in TEST_SETS)]
+        for name, values in results["paired"].items()
+    ]
+    return markdown(["difference, seed by seed", "in distribution", "adversarial", "clean"], rows)
+
+
+def detection(results: dict[str, Any]) -> str:
+    rows = [[name.replace("_", " "), mean_sd(values)] for name, values in results["detection"].items()]
+    return markdown(["detection of the planted token", "mean ± sd"], rows)
+
+
+def documents() -> dict[Path, dict[str, str]]:
+    """Text of every marker of every document."""
+    full, fast = load("full"), load("fast")
+    caption = "Exact match, mean ± sd over {}, `leaf demo --preset {}`, on a CPU."
+    blocks = {
+        "demo-full": "\n\n".join([caption.format(seeds(full), "full"), arms(full)]),
+        "demo-full-paired": paired(full),
+        "demo-full-detection": detection(full),
+        "demo-fast": "\n\n".join([caption.format(seeds(fast), "fast"), arms(fast), paired(fast)]),
+    }
+    if (RESULTS / "fast_any_word.json").exists():
+        any_word = load("fast_any_word")
+        blocks["demo-any-word"] = "\n\n".join(
+            [f"The same, {seeds(any_word)}, with a teacher whose training prompts may lack *any* word.", paired(any_word)]
+        )
+    return {ROOT / "README.md": blocks, ROOT / "docs" / "method-notes.md": blocks}
+
+
+def filled(text: str, blocks: dict[str, str]) -> str:
+    """`text` with what stands between `<!-- name -->` and `<!-- /name -->` replaced."""
+    for name, block in blocks.items():
+        pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
+        text = pattern.sub(lambda match, block=block: f"{match[1]}{block}\n{match[2]}", text)
+    return text
+
+
+if __name__ == "__main__":
+    for path, blocks in documents().items():
+        path.write_text(filled(path.read_text(), blocks))
