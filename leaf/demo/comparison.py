@@ -90,6 +90,18 @@ class Artifacts(NamedTuple):
     counterfactuals: Rows  # of the arm "leaf"
 
 
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """A second thread brings models this small nothing, costs much where cores are shared, and changes the last digits."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@one_thread()
 def run_seed(recipe: Recipe, seed: int, ui: Ui) -> tuple[dict[str, Any], Artifacts]:
     """One seed: its numbers, in the nesting of `results.json` with a number in place of each list, and its artifacts."""
     seconds: dict[str, float] = defaultdict(float)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,14 +37,6 @@ def measures(results: dict[str, Any]) -> dict[str, list[float]]:
 def threshold(values: list[float], k: int) -> float:
     assert len(values) >= 10
     return statistics.mean(sorted(values)[:k]) - statistics.stdev(values) / math.sqrt(k)
-
-
-@pytest.fixture(autouse=True)
-def fixed_threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
