@@ -41,7 +41,7 @@ def test_both_levels_of_a_row_join_one_group():
     encoder, scores, counterfactuals = tables(("instruction", "response"))
     (group,) = build_groups(scores, counterfactuals, encoder.encode_text)
     assert len(group["counterfactuals"]) == 4
-    prompt, target = texts(encoder, group["original"])
+    _, target = texts(encoder, group["original"])
     assert target == RECORD["completion"] + "<|im_end|>"
     targets = [texts(encoder, c)[1] for c in group["counterfactuals"]]
     assert targets == [target, target, *["The answer is 9.<|im_end|>"] * 2], "at response level: what follows the cut"
