@@ -6,10 +6,11 @@ import math
 
 import torch
 
-from ..._runtime.checks import check_device, check_dtype, check_floating, check_shape, check_tensor, compute_dtype
+from ..._runtime.checks import check_device, check_floating, check_shape, check_tensor, compute_dtype
 from ..._runtime.dispatch import resolve_impl
 from ...layout import SharedPrefixLayout
 from ...types import Impl
+from .checks import check_attention
 from .reference import pruned_attention_reference
 from .sdpa import pruned_attention_sdpa
 
@@ -61,36 +62,14 @@ def pruned_attention(
     Raises:
         ValueError, TypeError: naming the argument.
     """
-    check_tensor(_OP, "q", q, 3)
-    check_tensor(_OP, "k", k, 3)
+    check_attention(_OP, q, k, layout, keep, window, softcap, sinks)
     check_tensor(_OP, "v", v, 3)
-    check_floating(_OP, q=q, k=k, v=v, sinks=sinks)
-    if not isinstance(layout, SharedPrefixLayout):
-        raise TypeError(
-            f"{_OP}: layout must be a SharedPrefixLayout, got {type(layout).__name__}; "
-            "build one with SharedPrefixLayout.from_groups or .from_lengths"
-        )
-    N, Hq, D = q.shape
-    Hk = k.shape[1]
-    check_shape(_OP, "k", k, (N, Hk, D), "to match q [N, Hq, D]")
-    check_shape(_OP, "v", v, (N, Hk, D), "to match k")
-    if layout.num_tokens != N:
-        raise ValueError(f"{_OP}: q has {N} tokens but the layout describes {layout.num_tokens}")
-    if Hk == 0 or Hq % Hk:
-        raise ValueError(f"{_OP}: query heads must be a multiple of key heads, got {Hq} and {Hk}")
-    if keep is not None:
-        check_dtype(_OP, "keep", check_tensor(_OP, "keep", keep, 1), torch.bool)
-        check_shape(_OP, "keep", keep, (N,), "to match q")
-    if sinks is not None:
-        check_shape(_OP, "sinks", check_tensor(_OP, "sinks", sinks, 1), (Hq,), "to match q's heads")
-    if window is not None and window < 1:
-        raise ValueError(f"{_OP}: window must be at least 1 (a token sees itself), got {window}; None means unlimited")
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"{_OP}: softcap must be positive, got {softcap}; None means no cap")
-    check_device(_OP, q.device, k=k, v=v, keep=keep, sinks=sinks, segment_starts=layout.segment_starts)
+    check_floating(_OP, v=v)
+    check_shape(_OP, "v", v, tuple(k.shape), "to match k")
+    check_device(_OP, q.device, v=v)
     dtype = compute_dtype(_OP, q.device, q=q, k=k, v=v)
     q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
-    scale = 1 / math.sqrt(max(D, 1)) if scale is None else scale
+    scale = 1 / math.sqrt(max(q.shape[-1], 1)) if scale is None else scale
 
     if keep is not None:  # a removed token is gone: whatever it holds, 0 · NaN included, reaches nobody
         k, v = (x.masked_fill(~keep[:, None, None], 0) for x in (k, v))
