@@ -72,6 +72,7 @@ def main() -> None:
         path = folder / f"seed-{seed:02d}.json"
         if not path.exists():
             measured, _ = run_seed(recipe, seed, Ui(console))
+            del measured["seconds"]  # of processes side by side: they say nothing
             write_json(path, {**measured, "environment": environment})
         elif arguments.arms:
             again, _ = run_seed(dataclasses.replace(recipe, arms=tuple(arguments.arms)), seed, Ui(console))
@@ -79,7 +80,10 @@ def main() -> None:
             for part in ("arms", "counts"):
                 measured[part] |= again[part]
             write_json(path, measured)
-        results = summarise(name, [json.loads(path.read_text()) for path in sorted(folder.glob("seed-*.json"))])
+        every = [json.loads(path.read_text()) for path in sorted(folder.glob("seed-*.json"))]
+        environments = [one.pop("environment") for one in every]
+        distinct = [one for i, one in enumerate(environments) if one not in environments[:i]]
+        results = {**summarise(name, every), "environments": distinct}
         write_json(RESULTS / f"{name}.json", results)
     plot_arms(results)[0].savefig(RESULTS / f"{name}.png", dpi=160)
     console.print(summary(results))

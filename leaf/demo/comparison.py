@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import rich.console
 import torch
 from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback
@@ -220,24 +221,20 @@ def summarise(preset: str, measured: Sequence[dict[str, Any]]) -> dict[str, Any]
     return {"preset": preset, "seeds": stacked.pop("seed"), **stacked, "paired": paired}
 
 
-def summary(results: dict[str, Any]) -> Table:
-    """The arms, and the paired differences on the adversarial test set, as a table for `rich`."""
-    table = Table(title=f"leaf demo, preset {results['preset']}: exact match, {len(results['seeds'])} seed(s)")
-    for column in ("arm", *TEST_SETS, "attention to confounder"):
-        table.add_column(column.replace("_", " "), justify="left" if column == "arm" else "right")
+def summary(results: dict[str, Any]) -> rich.console.Group:
+    """The arms and their paired differences, for `rich`."""
+    names = [test.replace("_", " ") for test in TEST_SETS]
+    arms = Table("arm", *names, "attention to Z", title=f"exact match, {len(results['seeds'])} seed(s)")
     for arm, metrics in results["arms"].items():
-        values = [metrics[name] for name in (*TEST_SETS, "attention_to_confounder")]
-        table.add_row(arm, *map(_mean_sd, values))
-    table.add_section()
-    for name, differences in results["paired"].items():
-        values = [differences[test] for test in TEST_SETS]
-        table.add_row(
-            name, *(f"{_mean_sd(v, '+')}, worst {min(v):+.3f}" if len(v) > 1 else _mean_sd(v, "+") for v in values)
-        )
+        arms.add_row(arm, *(_mean_sd(metrics[name]) for name in (*TEST_SETS, "attention_to_confounder")))
+    paired = Table("difference", *names, "worst (adversarial)", title="seed by seed")
+    for name, values in results["paired"].items():
+        worst = f"{min(values['adversarial']):+.3f}"
+        paired.add_row(name, *(_mean_sd(values[test], "+") for test in TEST_SETS), worst)
     outside = [str(seed) for seed, ok in zip(results["seeds"], results["window"]["inside"]) if not ok]
     if outside:
-        table.caption = f"seed {', '.join(outside)}: student outside the useful window; its comparison says little"
-    return table
+        paired.caption = f"seed {', '.join(outside)}: student outside the useful window; its comparison says little"
+    return rich.console.Group(arms, paired)
 
 
 def _watched(rows: Rows, encoder: Encoder) -> list[Marked]:
