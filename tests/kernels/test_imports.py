@@ -111,8 +111,8 @@ def test_import_direction(path):
     if parts[1:2] == ("ops",) and len(parts) == 4:
         op = ".".join(parts[:3])
         others = [n for n in under(names, "leaf_kernels.ops") if not under({n}, op)]
-        assert all(n.split(".")[3:4] in ([], ["reference"]) for n in others), (
-            "an op may only use another's specification"
+        assert all(n.split(".")[3:4] in ([], ["reference"], ["checks"]) for n in others), (
+            "an op may only use another's specification and checks"
         )
         if parts[3] == "reference":
             assert not under(names, *(f"{op}.{m}" for m in ("api", "chunked", "sdpa", "op", "kernels")))
