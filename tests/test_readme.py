@@ -46,7 +46,7 @@ def test_commands_and_options_exist():
 
 
 def test_links_lead_somewhere():
-    for target in re.findall(r"(?:\]\(|src=\")([^)#:\"]+)", README):
+    for target in re.findall(r"(?:\]\(|src=\")([^)#:\"]+)[)\"]", README):
         assert (Path(__file__).parents[1] / target).exists(), target
 
 
