@@ -48,14 +48,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=tuple(RECIPES), default="fast")
     parser.add_argument("--seeds", default="0-11", help="e.g. 0-11 or 2,3,7 (default: %(default)s)")
-    parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--arms", nargs="+", choices=tuple(ARMS), default=())
     parser.add_argument("--any-word", action="store_true")
     arguments = parser.parse_args()
     first, _, last = arguments.seeds.partition("-")
     seeds = range(int(first), int(last) + 1) if last else [int(seed) for seed in arguments.seeds.split(",")]
 
-    torch.set_num_threads(arguments.threads)
     recipe, name, console = RECIPES[arguments.preset], arguments.preset, Console()
     if arguments.any_word:
         arms = ("kd", "random", "student_gradient", "leaf")
@@ -64,7 +62,7 @@ def main() -> None:
         "leaf": __version__,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "threads": arguments.threads,
+        "threads": 1,  # run_seed's
         "processor": platform.processor() or platform.machine(),
     }
     folder = RESULTS / name

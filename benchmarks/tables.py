@@ -47,7 +47,8 @@ def load(name: str) -> dict[str, Any]:
 
 def seeds(results: dict[str, Any]) -> str:
     inside = sum(results["window"]["inside"])
-    return f"{len(results['seeds'])} seeds ({', '.join(map(str, results['seeds']))}; {inside} inside the useful window)"
+    students = "every student" if inside == len(results["seeds"]) else f"{inside} students"
+    return f"seeds {', '.join(map(str, results['seeds']))} ({students} inside the useful window)"
 
 
 def arms(results: dict[str, Any]) -> str:
@@ -84,7 +85,10 @@ def documents() -> dict[Path, dict[str, str]]:
     if (RESULTS / "fast_any_word.json").exists():
         any_word = load("fast_any_word")
         blocks["demo-any-word"] = "\n\n".join(
-            [f"The same, {seeds(any_word)}, with a teacher whose training prompts may lack *any* word.", paired(any_word)]
+            [
+                f"The same, {seeds(any_word)}, with a teacher whose training prompts may lack *any* word.",
+                paired(any_word),
+            ]
         )
     return {ROOT / "README.md": blocks, ROOT / "docs" / "method-notes.md": blocks}
 

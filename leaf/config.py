@@ -270,6 +270,8 @@ def from_arguments(arguments: argparse.Namespace) -> RunConfig:
         if name.startswith("training."):
             training[name.removeprefix("training.")] = value
         elif name in names:
+            if name == "prompt_template":  # a shell passes \n on as two characters; \neq and \nabla stay what they are
+                value = re.sub(r"\\n(?![a-z])", "\n", value)
             values.pop("lambda" if name == "lambda_" else name, None)
             values[name] = value
     return RunConfig.from_mapping({**values, "training": training})

@@ -49,7 +49,9 @@ def distill(run: Run) -> Table:
         last = _last_checkpoint(checkpoints)
         if last:
             run.ui.say(f"distill: resumed from {last.name}")
-        trainer.train(resume_from_checkpoint=str(last) if last else None)
+        result = trainer.train(resume_from_checkpoint=str(last) if last else None)
+        rate = f"learning rate {arguments.learning_rate:g}"
+        run.ui.say(f"distill: {result.global_step} steps at {rate}, mean loss {result.training_loss:.4g}")
         unfinished = run.folder / "model.tmp"
         trainer.save_model(str(unfinished))  # every rank: a sharded model is gathered from all
         if run.is_writer:

@@ -164,11 +164,12 @@ def _template_parts(template: str) -> list[str]:
     return parts
 
 
-def _missing(where: str, wanted: str, record: Mapping[str, Any]) -> ValueError:
-    return ValueError(
-        f"{where}: no {wanted}; the row has {', '.join(map(repr, record)) or 'no fields'}. "
-        "Name the columns with prompt_column and response_column, or give a prompt_template"
-    )
+_PROMPT_REMEDY = "Name it with --prompt-column, or build it with --prompt-template"
+
+
+def _missing(where: str, wanted: str, record: Mapping[str, Any], remedy: str) -> ValueError:
+    has = ", ".join(map(repr, record)) or "no fields"
+    return ValueError(f"{where}: no {wanted}; the row has {has}. {remedy}")
 
 
 def _text(where: str, name: str, value: Any) -> str:
@@ -189,12 +190,14 @@ def _turns(where: str, name: str, value: Any) -> list[Turn]:
 def _prompt(where: str, record: Mapping[str, Any], column: str | None, parts: list[str] | None) -> list[Turn]:
     if parts:
         if absent := [name for name in parts[1::2] if name not in record]:
-            raise _missing(where, f"field {absent[0]!r} (named by prompt_template)", record)
+            raise _missing(
+                where, f"field {absent[0]!r} (named by prompt_template)", record, "Correct --prompt-template"
+            )
         texts = [_text(where, p, record[p]) if n % 2 else p for n, p in enumerate(parts)]
         return [("user", [(text, bool(n % 2)) for n, text in enumerate(texts)])]
     if column:
         if column not in record:
-            raise _missing(where, f"field {column!r}", record)
+            raise _missing(where, f"field {column!r}", record, "Correct --prompt-column")
         return _turns(where, column, record[column])
     if record.get("messages") is not None:
         turns = _turns(where, "messages", record["messages"])
@@ -210,14 +213,14 @@ def _prompt(where: str, record: Mapping[str, Any], column: str | None, parts: li
         value = record["context_messages"]
         nested = isinstance(value, list) and value and isinstance(value[0], list)  # several conversations: the first
         return _turns(where, "context_messages", value[0] if nested else value)
-    raise _missing(where, "prompt ('messages', 'instruction', 'prompt' or 'context_messages')", record)
+    raise _missing(where, "prompt ('messages', 'instruction', 'prompt' or 'context_messages')", record, _PROMPT_REMEDY)
 
 
 def _response(where: str, record: Mapping[str, Any], column: str | None, *, optional: bool) -> str:
     if column:
         if column in record:
             return _text(where, column, record[column])
-        raise _missing(where, f"field {column!r}", record)
+        raise _missing(where, f"field {column!r}", record, "Correct --response-column")
     if record.get("messages") is not None:
         turns = _turns(where, "messages", record["messages"])
         return turns[-1][1][0][0] if turns and turns[-1][0] == "assistant" else ""
@@ -228,13 +231,13 @@ def _response(where: str, record: Mapping[str, Any], column: str | None, *, opti
         return turns[-1][1][0][0] if turns else ""
     if optional:
         return ""
-    raise _missing(where, "response ('messages', 'output' or 'completion')", record)
+    raise _missing(where, "response ('messages', 'output' or 'completion')", record, "Name it with --response-column")
 
 
 def _answer(where: str, record: Mapping[str, Any], column: str | None) -> str | None:
     """The reference answer as text; lists become JSON, None or empty text is no answer."""
     if column and column not in record:
-        raise _missing(where, f"field {column!r}", record)
+        raise _missing(where, f"field {column!r}", record, "Correct --answer-column")
     names = [column] if column else ["prompt_answer", "answer"]
     value = next((record[n] for n in names if record.get(n) not in (None, "")), None)
     if value is None:

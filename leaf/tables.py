@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import pathlib
+import re
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -244,12 +245,16 @@ def _counts(manifest: Mapping[str, Any]) -> dict[str, int]:
 
 def _changed(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
     names = [name for name in {**old, **new} if old.get(name) != new.get(name)]
-    return ", ".join(f"{name} ({_short(old.get(name))} -> {_short(new.get(name))})" for name in names)
+    return ", ".join(_change(name, old.get(name), new.get(name)) for name in names)
 
 
-def _short(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 40 else text[:37] + "..."
+def _change(name: str, old: Any, new: Any) -> str:
+    """What a reader can use of a changed entry: of a hash or of something long, that it changed."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        return f"{name}: {_changed(old, new)}"
+    texts = [json.dumps(value, ensure_ascii=False) for value in (old, new)]
+    opaque = any(len(text) > 40 or re.fullmatch(r'"[0-9a-f]{16}"', text) for text in texts)
+    return name if opaque else f"{name} ({' -> '.join(texts)})"
 
 
 def _plain(value: Any) -> Any:

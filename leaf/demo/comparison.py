@@ -115,6 +115,7 @@ def run_seed(recipe: Recipe, seed: int, ui: Ui) -> tuple[dict[str, Any], Artifac
             )
         with _clock(seconds, "student"):
             student, student_steps = train_student(tokenizer, seed, track=ui.track)
+            ui.say(f"seed {seed}, student: stopped after {student_steps} steps, where its shortcut is strongest")
         tests = {name: make_rows(name, recipe.test_rows, seed) for name in TEST_SETS}
         watched = _watched(tests["adversarial"][:ATTENTION_ROWS], encoder)
 

@@ -118,3 +118,11 @@ def test_bad_files(tmp_path: pathlib.Path, text: str | None, message: str) -> No
     path = write(tmp_path, text) if text else str(tmp_path / "absent.yaml")
     with pytest.raises(ValueError, match=message):
         parse("--config", path)
+
+
+def test_a_newline_in_a_template_flag_is_one() -> None:
+    def template(text: str) -> str | None:
+        return parse("--prompt-template", text).prompt_template
+
+    given = r"{q}\nReason in \boxed{} about \nabla"
+    assert template(given) == "{q}\nReason in " + r"\boxed{} about \nabla"
