@@ -150,4 +150,4 @@ def test_a_run_that_fails_before_its_first_shard_has_lost_nothing(tmp_path: path
 def test_what_changed_is_readable(tmp_path: pathlib.Path) -> None:
     build(tmp_path, key={"q": 0.05, "flags": {"cap": 0.5}, "model": "0123456789abcdef"})
     _, _, said = build(tmp_path, key={"q": 0.1, "flags": {"cap": 0.4}, "model": "fedcba9876543210"})
-    assert said == ["score: computed again, because q: q (0.05 -> 0.1), flags: cap (0.5 -> 0.4), model changed"]
+    assert said == ["score: computed again, because q: flags: cap (0.5 -> 0.4), model, q (0.05 -> 0.1) changed"]
