@@ -50,6 +50,20 @@ def test_a_good_pair_and_its_rows(tmp_path: pathlib.Path, pair: dict[str, str]) 
     assert "skipped: empty_response" in shown
     assert "böoks 中" in shown
     assert "2 plus 7" in shown
+    assert "kept by the tokenizer" in shown
+    assert "does not know" not in shown
+
+
+def test_words_that_the_tokenizer_does_not_know(tmp_path: pathlib.Path) -> None:
+    from leaf.demo.task import make_tokenizer
+
+    tokenizer = make_tokenizer()
+    words = {role: save(tmp_path / role, seed=n, tokenizer=tokenizer) for n, role in enumerate(("teacher", "student"))}
+    data = tmp_path / "rows.jsonl"
+    rows = [{"prompt": "Tom has 2 books .", "completion": "answer 2"}, {"prompt": "Natalia sold", "completion": "2"}]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    _, shown = check(**words, data=str(data))
+    assert "1 of 2; the tokenizer does not know" in shown
 
 
 def test_what_is_refused(tmp_path: pathlib.Path, pair: dict[str, str]) -> None:
