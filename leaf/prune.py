@@ -183,7 +183,7 @@ def _elsewhere(
                 free[n] = False
         else:
             return result
-    return flags  # so many are flagged that there is no other way to place them
+    return torch.zeros_like(flags)  # so many are flagged that they fit nowhere else: no control, counted as nothing flagged
 
 
 def counterfactuals_from_flags(
