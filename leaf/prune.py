@@ -183,7 +183,9 @@ def _elsewhere(
                 free[n] = False
         else:
             return result
-    return torch.zeros_like(flags)  # so many are flagged that they fit nowhere else: no control, counted as nothing flagged
+    return torch.zeros_like(
+        flags
+    )  # so many are flagged that they fit nowhere else: no control, counted as nothing flagged
 
 
 def counterfactuals_from_flags(
