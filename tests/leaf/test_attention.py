@@ -29,4 +29,4 @@ def test_equals_eager_attentions(arch: str, max_tokens: int):
         attention = torch.stack(output.attentions)[:, 0]  # [layers, H, n, n]
         rows = attention[:, :, item.response_start - 1 : -1]
         expected = rows[..., torch.tensor(item.marked)].sum(-1).mean()
-        assert share == pytest.approx(float(expected), rel=1e-4)
+        assert share == pytest.approx(expected.item(), rel=1e-4)

@@ -141,7 +141,7 @@ CUTS = {
     "accumulation": {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2},
     "one row at a time": {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4, "max_tokens": 1},
     "small packs": {"max_tokens": 30},
-    "checkpointing": {"gradient_checkpointing": True},
+    "checkpointing": {"activation_checkpointing": True},
 }
 
 
