@@ -136,7 +136,7 @@ def _rows(config: RunConfig, console: Console) -> list[str]:
         lengths = sorted(len(s.input_ids) for s in samples)
         grid.add_row("tokens of a row", f"median {lengths[len(lengths) // 2]}, longest {lengths[-1]}")
         grid.add_row("scorable share of the prompts", f"{scored / max(1, prompt_tokens):.0%}")
-        kept = sum(_letters(encoder.tokenizer.decode(s.input_ids)) == _letters(s.text) for s in samples)
+        kept = sum(_letters(str(encoder.tokenizer.decode(s.input_ids))) == _letters(s.text) for s in samples)
         note = "" if kept == len(samples) else "; the tokenizer does not know what is written in the others"
         grid.add_row("kept by the tokenizer", f"{kept} of {len(samples)}{note}")
     console.print(grid)
