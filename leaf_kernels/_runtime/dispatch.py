@@ -7,9 +7,10 @@ import warnings
 import torch
 
 from ..types import Impl
+from .launch import interpreted
 
 # Ops that have a Triton implementation. `auto` picks it on NVIDIA GPUs of compute capability 8.0 and newer.
-TRITON_OPS: frozenset[str] = frozenset()
+TRITON_OPS = frozenset({"pruned_attention", "attention_mass"})
 
 _warned: set[str] = set()
 
@@ -30,8 +31,11 @@ def resolve_impl(op: str, impl: str | Impl, device: torch.device) -> Impl:
     if choice is Impl.TRITON:
         if not has_kernel:
             raise NotImplementedError(f"{op}: this version has no Triton kernel; use impl='auto' or impl='reference'")
-        if device.type != "cuda":
-            raise ValueError(f"{op}: impl='triton' needs CUDA tensors, got {device.type!r}; use impl='reference'")
+        if device.type != "cuda" and not (device.type == "cpu" and interpreted()):
+            raise ValueError(
+                f"{op}: impl='triton' needs CUDA tensors, got {device.type!r}; use impl='reference', or set TRITON_INTERPRET=1 "
+                "before the first import of triton to run the kernels in Triton's interpreter"
+            )
         return choice
     if device.type == "cpu":
         return Impl.REFERENCE

@@ -11,6 +11,7 @@ from ..._runtime.dispatch import resolve_impl
 from ...layout import SharedPrefixLayout
 from ...types import Impl
 from .checks import check_attention
+from .op import pruned_attention_triton
 from .reference import pruned_attention_reference
 from .sdpa import pruned_attention_sdpa
 
@@ -71,9 +72,12 @@ def pruned_attention(
     q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     scale = 1 / math.sqrt(max(q.shape[-1], 1)) if scale is None else scale
 
+    choice = resolve_impl(_OP, impl, q.device)
+    if choice is Impl.TRITON:
+        out, lse = pruned_attention_triton(q, k, v, layout, keep, scale, window, softcap, sinks, deterministic)
+        return (out, lse) if return_lse else out
     if keep is not None:  # a removed token is gone: whatever it holds, 0 · NaN included, reaches nobody
         k, v = (x.masked_fill(~keep[:, None, None], 0) for x in (k, v))
-    resolve_impl(_OP, impl, q.device)  # refuses what cannot be served; the Triton kernels are still to come
     if Impl(impl) is Impl.AUTO and softcap is None and sinks is None and not return_lse:
         return pruned_attention_sdpa(q, k, v, layout, keep, scale, window)
     out, lse = pruned_attention_reference(q, k, v, layout, keep, scale, window, softcap, sinks)

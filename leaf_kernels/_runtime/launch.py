@@ -1,0 +1,40 @@
+"""Launching Triton kernels: one place for the device guard and for what an architecture can hold."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from typing import Any
+
+import torch
+
+
+def interpreted() -> bool:
+    """Whether Triton kernels run in its interpreter, on the CPU. Triton reads this variable when a kernel is defined."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def architecture(device: torch.device) -> str:
+    """The column of a configuration table that serves `device`.
+
+    "sm_80" (A100: 163 KB of shared memory), "sm_90" (Hopper, 227 KB, wgmma), "sm_100" (datacentre Blackwell, tensor memory), "small" (99 KB:
+    A10, L4, RTX 30 to 50, and every card that is not known), "interpreter" on a CPU.
+    """
+    if device.type != "cuda":
+        return "interpreter"
+    major, minor = torch.cuda.get_device_capability(device)
+    if (major, minor) == (8, 0):
+        return "sm_80"
+    if major == 9:
+        return "sm_90"
+    return "sm_100" if major == 10 else "small"
+
+
+def launch(kernel: Any, programs: int, *args: Any, **constants: Any) -> None:
+    """Runs `kernel` on a one-dimensional grid (a grid's other axes end at 65 535) on the device of its first tensor."""
+    device = next(a.device for a in args if isinstance(a, torch.Tensor))
+    # Triton launches on the current device, whatever device the tensors are on.
+    guard = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+    if programs:
+        with guard:
+            kernel[(programs,)](*args, **constants)

@@ -1,0 +1,300 @@
+"""`pruned_attention` on a GPU: operators over the kernels, and their autograd function."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from ..._runtime.launch import launch
+from ..._runtime.library import define
+from ...layout import SharedPrefixLayout
+from .configs import Tile, tile_for
+from .schedule import key_tiles, query_tiles
+
+MAX_HEAD_DIM = 256
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+LOG2E = 1.4426950408889634
+
+
+def large_offsets(rows: int, *tensors: torch.Tensor) -> bool:
+    """Whether the rows of a tile lie 2^31 elements or more apart in one of `tensors` [N, H, D]."""
+    return any(rows * abs(t.stride(0)) + t.shape[1] * abs(t.stride(1)) >= 2**31 for t in tensors)
+
+
+def _rows_dense(x: torch.Tensor) -> torch.Tensor:
+    """`x` with elements of a row next to each other; only then are loads vectorised."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def _logit_scales(scale: float, softcap: float | None) -> tuple[float, float]:
+    """What `kernels.capped` takes as `scale` and `softcap`."""
+    return (scale * LOG2E, 0.0) if softcap is None else (scale / softcap, softcap)
+
+
+def _constants(q: torch.Tensor, k: torch.Tensor, tile: Tile, **flags: Any) -> dict[str, Any]:
+    """Compile-time arguments of a kernel; none of them is a length."""
+    return {
+        "KEY_HEADS": k.shape[1],
+        "GROUP": q.shape[1] // k.shape[1],
+        "HEAD_DIM": q.shape[2],
+        "BLOCK_M": tile.block_m,
+        "BLOCK_N": tile.block_n,
+        "BLOCK_D": block_d(q.shape[2]),
+        "num_warps": tile.warps,
+        "num_stages": tile.stages,
+        **flags,
+    }
+
+
+def block_d(head_dim: int) -> int:
+    """Columns of a tile: the next power of two; a dot needs 16."""
+    return max(16, 1 << (head_dim - 1).bit_length())
+
+
+def _strides(*tensors: torch.Tensor) -> list[int]:
+    return [stride for t in tensors for stride in t.stride()[:2]]
+
+
+def forward(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    keep: torch.Tensor | None,
+    sinks: torch.Tensor | None,
+    segment_starts: torch.Tensor,
+    prefix_starts: torch.Tensor,
+    prefix_lens: torch.Tensor,
+    tiles: torch.Tensor,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    tile: list[int],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    from . import kernels
+
+    q, k, v = map(_rows_dense, (q, k, v))
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    lse = torch.empty(q.shape[1], q.shape[0], dtype=torch.float32, device=q.device)
+    cfg = Tile(*tile)
+    launch(
+        kernels.forward, len(tiles) * k.shape[1],
+        q, k, v, _bytes(keep), sinks, out, lse, segment_starts, prefix_starts, prefix_lens, tiles,
+        q.shape[0], len(prefix_lens), *_strides(q, k, v), *_logit_scales(scale, softcap), window or 0,
+        **_constants(
+            q, k, cfg, HAS_KEEP=keep is not None, HAS_SINKS=sinks is not None, HAS_WINDOW=window is not None,
+            HAS_SOFTCAP=softcap is not None, LARGE=large_offsets(cfg.block_m, q),
+        ),
+    )  # fmt: skip
+    return out, lse
+
+
+def row_terms(
+    out: torch.Tensor,
+    dout: torch.Tensor,
+    lse: torch.Tensor,
+    dlse: torch.Tensor | None,
+    sinks: torch.Tensor | None,
+    key_heads: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(denominator, delta) in flat rows and d sinks [Hq] (empty without sinks); see `kernels.row_terms`."""
+    from . import kernels
+
+    N, heads, D = out.shape
+    dout = _rows_dense(dout)
+    denominator, delta = (torch.empty(key_heads, N * (heads // key_heads), dtype=torch.float32, device=out.device) for _ in range(2))
+    dsink_rows = torch.empty_like(delta) if sinks is not None else None
+    block = 32
+    launch(
+        kernels.row_terms, -(-N * heads // block),
+        out, dout, lse, dlse, sinks, denominator, delta, dsink_rows,
+        N, *_strides(dout), *(dlse.stride() if dlse is not None else (0, 0)),
+        HEADS=heads, GROUP=heads // key_heads, HEAD_DIM=D, HAS_DLSE=dlse is not None, HAS_SINKS=sinks is not None,
+        BLOCK_M=block, BLOCK_D=block_d(D), num_warps=4,
+    )  # fmt: skip
+    if dsink_rows is None:
+        return denominator, delta, out.new_empty(0, dtype=torch.float32)
+    return denominator, delta, dsink_rows.view(key_heads, N, heads // key_heads).sum(1).flatten()
+
+
+def backward_q(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    keep: torch.Tensor | None,
+    dout: torch.Tensor,
+    denominator: torch.Tensor,
+    delta: torch.Tensor,
+    segment_starts: torch.Tensor,
+    prefix_starts: torch.Tensor,
+    prefix_lens: torch.Tensor,
+    tiles: torch.Tensor,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    tile: list[int],
+) -> torch.Tensor:
+    from . import kernels
+
+    q, k, v, dout = map(_rows_dense, (q, k, v, dout))
+    dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    cfg = Tile(*tile)
+    launch(
+        kernels.backward_q, len(tiles) * k.shape[1],
+        q, k, v, _bytes(keep), dout, denominator, delta, dq, segment_starts, prefix_starts, prefix_lens, tiles,
+        q.shape[0], len(prefix_lens), *_strides(q, k, v, dout), *_logit_scales(scale, softcap), window or 0, scale,
+        **_constants(
+            q, k, cfg, HAS_KEEP=keep is not None, HAS_WINDOW=window is not None, HAS_SOFTCAP=softcap is not None,
+            LARGE=large_offsets(cfg.block_m, q, dout),
+        ),
+    )  # fmt: skip
+    return dq
+
+
+def backward_kv(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    keep: torch.Tensor | None,
+    dout: torch.Tensor,
+    denominator: torch.Tensor,
+    delta: torch.Tensor,
+    segment_starts: torch.Tensor,
+    prefix_starts: torch.Tensor,
+    prefix_lens: torch.Tensor,
+    tiles: torch.Tensor,
+    dependants: torch.Tensor,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    tile: list[int],
+    fused: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(dk, dv, dq); dq is empty unless `fused`."""
+    from . import kernels
+
+    q, k, v, dout = map(_rows_dense, (q, k, v, dout))
+    dk, dv = (torch.empty(k.shape, dtype=k.dtype, device=k.device) for _ in range(2))
+    cfg = Tile(*tile)
+    group = q.shape[1] // k.shape[1]
+    sums = q.new_zeros(k.shape[1] * q.shape[0] * group if fused else 0, block_d(q.shape[2]), dtype=torch.float32)
+    launch(
+        kernels.backward_kv, len(tiles) * k.shape[1],
+        q, k, v, _bytes(keep), dout, denominator, delta, dk, dv, _reducible(sums, cfg) if fused else None,
+        segment_starts, prefix_starts, prefix_lens, tiles, dependants,
+        q.shape[0], len(prefix_lens), *_strides(q, k, v, dout), *_logit_scales(scale, softcap), window or 0, scale,
+        **_constants(
+            q, k, cfg, HAS_KEEP=keep is not None, HAS_WINDOW=window is not None, HAS_SOFTCAP=softcap is not None,
+            LARGE=large_offsets(cfg.block_m, q, dout), DQ=("atomic" if q.device.type == "cpu" else "tma") if fused else "none",
+        ),
+    )  # fmt: skip
+    if not fused:
+        return dk, dv, q.new_empty(0)
+    dq = sums.mul_(scale).view(k.shape[1], q.shape[0], group, -1)[..., : q.shape[2]].transpose(0, 1)
+    return dk, dv, dq.reshape(q.shape).to(q.dtype)
+
+
+def _bytes(keep: torch.Tensor | None) -> torch.Tensor | None:
+    return None if keep is None else keep.contiguous().view(torch.uint8)
+
+
+def _reducible(sums: torch.Tensor, tile: Tile) -> Any:
+    """The target of the fused backward: a descriptor that the hardware adds tiles to. The interpreter has none, and takes the tensor."""
+    if sums.device.type == "cpu":
+        return sums
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    return TensorDescriptor.from_tensor(sums, [tile.block_m, sums.shape[1]])
+
+
+_LAYOUT = "Tensor segment_starts, Tensor prefix_starts, Tensor prefix_lens, Tensor tiles"
+_OPTIONS = "float scale, int? window, float? softcap, int[] tile"
+
+_forward = define(
+    f"pruned_attention(Tensor q, Tensor k, Tensor v, Tensor? keep, Tensor? sinks, {_LAYOUT}, {_OPTIONS}) -> (Tensor, Tensor)",
+    forward,
+    lambda q, *_: (q.new_empty(q.shape), q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)),
+)
+_row_terms = define(
+    "pruned_attention_row_terms(Tensor out, Tensor dout, Tensor lse, Tensor? dlse, Tensor? sinks, int key_heads) -> (Tensor, Tensor, Tensor)",
+    row_terms,
+    lambda out, dout, lse, dlse, sinks, key_heads: (
+        *(lse.new_empty(key_heads, out.shape[0] * (out.shape[1] // key_heads)) for _ in range(2)),
+        lse.new_empty(0 if sinks is None else out.shape[1]),
+    ),
+)
+_SAVED = "Tensor q, Tensor k, Tensor v, Tensor? keep, Tensor dout, Tensor denominator, Tensor delta"
+_backward_q = define(
+    f"pruned_attention_backward_q({_SAVED}, {_LAYOUT}, {_OPTIONS}) -> Tensor",
+    backward_q,
+    lambda q, *_: q.new_empty(q.shape),
+)
+_backward_kv = define(
+    f"pruned_attention_backward_kv({_SAVED}, {_LAYOUT}, Tensor dependants, {_OPTIONS}, bool fused) -> (Tensor, Tensor, Tensor)",
+    backward_kv,
+    lambda q, k, *rest: (k.new_empty(k.shape), k.new_empty(k.shape), q.new_empty(q.shape if rest[-1] else 0)),
+)
+
+
+class _Attention(torch.autograd.Function):
+    """(out, lse) of q, k, v and sinks; everything else is constant. Tiles of the backward are None where it will not run."""
+
+    @staticmethod
+    def forward(
+        ctx, q, k, v, sinks, keep, segment_starts, prefix_starts, prefix_lens, rows, backward_rows, keys, dependants, options, tiles, fused
+    ):
+        starts = (segment_starts, prefix_starts, prefix_lens)
+        out, lse = _forward(q, k, v, keep, sinks, *starts, rows, *options, tiles[0])
+        ctx.save_for_backward(q, k, v, sinks, keep, out, lse, *starts, backward_rows, keys, dependants)
+        ctx.options, ctx.tiles, ctx.fused = options, tiles, fused
+        ctx.set_materialize_grads(False)
+        return out, lse
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dout, dlse):
+        q, k, v, sinks, keep, out, lse, *starts, rows, keys, dependants = ctx.saved_tensors
+        needs_q, needs_k, needs_v, needs_sinks = ctx.needs_input_grad[:4]
+        if dout is None:
+            dout = torch.zeros_like(out)
+        denominator, delta, dsinks = _row_terms(out, dout, lse, dlse, sinks, k.shape[1])
+        saved = (q, k, v, keep, dout, denominator, delta, *starts)
+        dq = dk = dv = None
+        fused = ctx.fused and needs_q and (needs_k or needs_v)
+        if needs_k or needs_v:
+            dk, dv, dq = _backward_kv(*saved, keys, dependants, *ctx.options, ctx.tiles[2], fused)
+        if needs_q and not fused:
+            dq = _backward_q(*saved, rows, *ctx.options, ctx.tiles[1])
+        gradients = (dq, dk, dv, dsinks.to(sinks.dtype) if needs_sinks else None)
+        return *(g if needed else None for g, needed in zip(gradients, ctx.needs_input_grad)), *[None] * 11
+
+
+def pruned_attention_triton(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    layout: SharedPrefixLayout,
+    keep: torch.Tensor | None,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+    deterministic: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See `pruned_attention`. Returns out [N, Hq, D] and lse [Hq, N]."""
+    D, group = q.shape[2], q.shape[1] // k.shape[1]
+    fused = not deterministic and not torch.are_deterministic_algorithms_enabled()
+    tiles = [tile_for(kernel, D, q.dtype, q.device) for kernel in ("forward", "backward_q", "backward_kv")]
+    fused_tile = tile_for("backward_fused", D, q.dtype, q.device) if fused else None
+    if fused_tile is not None:
+        tiles[2] = fused_tile
+    rows = query_tiles(layout, group, tiles[0].block_m)
+    backward_rows = keys = dependants = None
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (q, k, v, sinks)):
+        backward_rows = query_tiles(layout, group, tiles[1].block_m)
+        keys, dependants = key_tiles(layout, tiles[2].block_n)
+    return _Attention.apply(
+        q, k, v, sinks, keep, layout.segment_starts, layout.prefix_starts, layout.prefix_lens,
+        rows, backward_rows, keys, dependants, (scale, window, softcap), tiles, fused_tile is not None,
+    )  # fmt: skip
