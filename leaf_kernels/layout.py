@@ -42,6 +42,7 @@ class SharedPrefixLayout:
     num_segments: int = field(init=False)
     has_prefix: bool = field(init=False)
     max_len: int = field(init=False)  # longest sequence, its prefix included
+    has_tail: bool = field(init=False)  # positions beyond the last segment exist
     _cache: dict[Any, Any] = field(init=False, repr=False, default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -71,6 +72,7 @@ class SharedPrefixLayout:
             "num_segments": S,
             "has_prefix": bool((self.prefix_lens > 0).any()),
             "max_len": int(lens.max()) if S else 0,
+            "has_tail": last < N,
         }.items():
             object.__setattr__(self, name, value)
 
@@ -219,16 +221,16 @@ class SharedPrefixLayout:
     def _tensors(self) -> list[torch.Tensor]:
         return [self.segment_starts, self.prefix_starts, self.prefix_lens]
 
-    def _facts(self) -> tuple[int, int, bool, int]:
-        return (self.num_tokens, self.num_segments, self.has_prefix, self.max_len)
+    def _facts(self) -> tuple[int, int, bool, int, bool]:
+        return (self.num_tokens, self.num_segments, self.has_prefix, self.max_len, self.has_tail)
 
 
-def _rebuild(tensors: Sequence[Any], facts: tuple[int, int, bool, int]) -> SharedPrefixLayout:
+def _rebuild(tensors: Sequence[Any], facts: tuple[int, int, bool, int, bool]) -> SharedPrefixLayout:
     """A layout from parts that were validated before (moved, unflattened): validating again would read the device."""
     layout = object.__new__(SharedPrefixLayout)
     for name, value in zip(("segment_starts", "prefix_starts", "prefix_lens"), tensors):
         object.__setattr__(layout, name, value)
-    for name, fact in zip(("num_tokens", "num_segments", "has_prefix", "max_len"), facts):
+    for name, fact in zip(("num_tokens", "num_segments", "has_prefix", "max_len", "has_tail"), facts):
         object.__setattr__(layout, name, fact)
     object.__setattr__(layout, "_cache", {})
     return layout

@@ -14,6 +14,8 @@ class Impl(str, Enum):
     AUTO = "auto"
     TRITON = "triton"
     REFERENCE = "reference"
+    TORCH_VARLEN = "torch_varlen"  # pruned_attention without prefixes: torch.nn.attention.varlen
+    FLASH_ATTN = "flash_attn"  # the same through the flash-attn package
 
 
 class LinearKLOutput(NamedTuple):

@@ -12,21 +12,21 @@ from .launch import interpreted
 # Ops that have a Triton implementation. `auto` picks it on NVIDIA GPUs of compute capability 8.0 and newer.
 TRITON_OPS = frozenset({"pruned_attention", "attention_mass"})
 
-_warned: set[str] = set()
+# Kernels of other libraries, served on request only and never by `auto`.
+VENDOR_IMPLS = {"pruned_attention": (Impl.TORCH_VARLEN, Impl.FLASH_ATTN)}
+
+_warned: set[tuple[str, str]] = set()
 
 
-def resolve_impl(op: str, impl: str | Impl, device: torch.device) -> Impl:
+def resolve_impl(op: str, impl: str | Impl, device: torch.device, obstacle: str | None = None) -> Impl:
     """The implementation for `op` on `device`: never AUTO.
 
-    An explicit request is honoured or refused; only "auto" may choose.
+    An explicit request is honoured or refused; only "auto" may choose. `obstacle` says why the Triton kernel cannot serve this call, if so.
     """
-    try:
-        choice = Impl(impl)
-    except ValueError:
-        valid = ", ".join(repr(i.value) for i in Impl)
-        raise ValueError(f"{op}: impl must be one of {valid}, got {impl!r}") from None
-    if choice is Impl.REFERENCE:
-        return choice
+    valid = (Impl.AUTO, Impl.TRITON, Impl.REFERENCE, *VENDOR_IMPLS.get(op, ()))
+    if impl not in valid:  # Impl is a str
+        raise ValueError(f"{op}: impl must be one of {', '.join(repr(i.value) for i in valid)}, got {impl!r}")
+    choice = Impl(impl)
     has_kernel = op in TRITON_OPS
     if choice is Impl.TRITON:
         if not has_kernel:
@@ -36,15 +36,21 @@ def resolve_impl(op: str, impl: str | Impl, device: torch.device) -> Impl:
                 f"{op}: impl='triton' needs CUDA tensors, got {device.type!r}; use impl='reference', or set TRITON_INTERPRET=1 "
                 "before the first import of triton to run the kernels in Triton's interpreter"
             )
+        if obstacle is not None:
+            raise ValueError(f"{op}: impl='triton': {obstacle}; use impl='reference'")
+    if choice is not Impl.AUTO:
         return choice
     if device.type == "cpu":
         return Impl.REFERENCE
     if device.type == "cuda" and torch.version.cuda is not None:
-        if has_kernel and torch.cuda.get_device_capability(device) >= (8, 0):
+        if not has_kernel:
+            obstacle = "there is no Triton kernel in this version"
+        elif obstacle is None and torch.cuda.get_device_capability(device) < (8, 0):
+            obstacle = "the kernel needs compute capability 8.0"
+        if obstacle is None:
             return Impl.TRITON
-        if op not in _warned:
-            _warned.add(op)
-            why = "needs compute capability 8.0" if has_kernel else "has no Triton kernel in this version"
-            warnings.warn(f"{op}: {why}; running in plain torch", stacklevel=3)
+        if (op, obstacle) not in _warned:
+            _warned.add((op, obstacle))
+            warnings.warn(f"{op}: {obstacle}; running in plain torch", stacklevel=3)
         return Impl.REFERENCE
     raise ValueError(f"{op}: impl='auto' knows CPU and NVIDIA GPUs, got {device.type!r}; pass impl='reference'")

@@ -37,4 +37,5 @@ def launch(kernel: Any, programs: int, *args: Any, **constants: Any) -> None:
     guard = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
     if programs:
         with guard:
-            kernel[(programs,)](*args, **constants)
+            # Triton's default for fused multiply-adds depends on its version and on an environment variable.
+            kernel[(programs,)](*args, **constants, enable_fp_fusion=True)

@@ -6,11 +6,13 @@ import math
 
 import torch
 
-from ..._runtime.checks import check_device
+from ..._runtime.checks import check_device, compute_dtype
 from ..._runtime.dispatch import resolve_impl
 from ...layout import SharedPrefixLayout
 from ...types import Impl
 from ..pruned_attention.checks import check_attention, check_token_mask
+from ..pruned_attention.op import obstacle
+from .op import attention_mass_triton
 from .reference import attention_mass_reference
 
 _OP = "attention_mass"
@@ -38,12 +40,15 @@ def attention_mass(
     Returns:
         [Hq, N], fp32 (fp64 for fp64 inputs); not differentiable. The sum over N is the number of chosen queries that have a
         key (less what the sinks take). Memory is O(N): the probabilities are never held for more than a few queries.
-        In plain torch, `queries` is read on the host; the kernel to come will not.
+        Tiles without a chosen query cost nothing. The plain torch implementation reads `queries` on the host; the kernel does not.
     """
     check_attention(_OP, q, k, layout, keep, window, softcap, sinks)
     check_token_mask(_OP, "queries", queries, q.shape[0])
     check_device(_OP, q.device, queries=queries)
     scale = 1 / math.sqrt(max(q.shape[-1], 1)) if scale is None else scale
+    dtype = compute_dtype(_OP, q.device, q=q, k=k)
+    q, k = q.to(dtype), k.to(dtype)
 
-    resolve_impl(_OP, impl, q.device)  # refuses what cannot be served; the Triton kernel is still to come
+    if resolve_impl(_OP, impl, q.device, obstacle(q)) is Impl.TRITON:
+        return attention_mass_triton(q, k, layout, queries, keep, scale, window, softcap, sinks)
     return attention_mass_reference(q, k, layout, queries, keep, scale, window, softcap, sinks)

@@ -7,13 +7,14 @@ import math
 import torch
 
 from ..._runtime.checks import check_device, check_floating, check_shape, check_tensor, compute_dtype
-from ..._runtime.dispatch import resolve_impl
+from ..._runtime.dispatch import VENDOR_IMPLS, resolve_impl
 from ...layout import SharedPrefixLayout
 from ...types import Impl
 from .checks import check_attention
-from .op import pruned_attention_triton
+from .op import obstacle, pruned_attention_triton
 from .reference import pruned_attention_reference
 from .sdpa import pruned_attention_sdpa
+from .vendor import pruned_attention_vendor
 
 _OP = "pruned_attention"
 
@@ -49,19 +50,25 @@ def pruned_attention(
         softcap: tanh cap on the scaled logits; None = none.
         sinks: [Hq], one raw logit per query head that enters the softmax's denominator only; neither scaled nor capped.
         return_lse: also return the log-sum-exp.
-        deterministic: accepted for the kernels to come; every implementation of this version is deterministic.
-        impl: "auto" | "reference" | "triton". Auto on a CPU: scaled_dot_product_attention over buckets of similar segments,
-            the specification itself where SDPA cannot express the call (softcap, sinks, lse).
+        deterministic: True: the backward sums in a fixed order, without atomics; runs repeat bitwise. False allows a fused backward that
+            does five matrix products instead of seven and adds dq in no fixed order, on GPUs of compute capability 9.0 and newer
+            and head sizes up to 128. `torch.use_deterministic_algorithms(True)` overrides False.
+        impl: "auto": the Triton kernels on NVIDIA GPUs of compute capability 8.0 and newer (float64 and head sizes above 256 run in
+            plain torch there, with one warning); on a CPU scaled_dot_product_attention over buckets of similar segments, or the
+            specification itself where SDPA cannot express the call (softcap, sinks, lse). "triton", "reference": that and
+            nothing else. "torch_varlen", "flash_attn": FlashAttention of torch or of the flash-attn package, for layouts
+            without prefixes and tail, without keep, sinks and lse.
 
     Returns:
         out [N, Hq, D] in the compute dtype; with `return_lse` also lse [Hq, N] (fp32, fp64 for fp64 inputs), natural log,
         over keys only: the sink is left out, so that partial results merge by their lse. A row without any key, and
         positions that belong to no segment: output 0, lse -inf, gradients 0.
 
-    Gradients: q, k, v, sinks, through both outputs. Inputs are not modified.
+    Gradients: q, k, v, sinks, through both outputs, once (no double backward from the kernels). Inputs are not modified. Nothing of
+    size N² is allocated, nor expanded keys or values; nothing waits for the device.
 
     Raises:
-        ValueError, TypeError: naming the argument.
+        ValueError, TypeError: naming the argument. ImportError: an implementation that was asked for is not installed.
     """
     check_attention(_OP, q, k, layout, keep, window, softcap, sinks)
     check_tensor(_OP, "v", v, 3)
@@ -72,7 +79,9 @@ def pruned_attention(
     q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     scale = 1 / math.sqrt(max(q.shape[-1], 1)) if scale is None else scale
 
-    choice = resolve_impl(_OP, impl, q.device)
+    choice = resolve_impl(_OP, impl, q.device, obstacle(q))
+    if choice in VENDOR_IMPLS[_OP]:
+        return pruned_attention_vendor(choice, q, k, v, layout, keep, scale, window, softcap, sinks, return_lse, deterministic)
     if choice is Impl.TRITON:
         out, lse = pruned_attention_triton(q, k, v, layout, keep, scale, window, softcap, sinks, deterministic)
         return (out, lse) if return_lse else out

@@ -53,7 +53,9 @@ def segment_of(segment, segment_starts, prefix_starts, prefix_lens, num_segments
 @triton.jit
 def flat_rows(first, length, GROUP: tl.constexpr, BLOCK: tl.constexpr):
     """(offset, head of the group, exists) of the flat rows first .. first + BLOCK of a segment."""
-    row = first % GROUP + tl.arange(0, BLOCK)
+    row = tl.arange(0, BLOCK)
+    if BLOCK % GROUP != 0:  # else a tile begins with the first head of a position, and nothing here changes from tile to tile
+        row += first % GROUP
     offset = first // GROUP + row // GROUP
     return offset, row % GROUP, offset < length
 

@@ -18,22 +18,31 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 LOG2E = 1.4426950408889634
 
 
+def obstacle(q: torch.Tensor) -> str | None:
+    """Why the kernels cannot serve heads like those of `q`, if so."""
+    if q.dtype not in DTYPES:
+        return f"the kernel computes in float16, bfloat16 or float32, not {q.dtype}"
+    if q.shape[2] > MAX_HEAD_DIM:
+        return f"the kernel serves head sizes up to {MAX_HEAD_DIM}, not {q.shape[2]}"
+    return None
+
+
 def large_offsets(rows: int, *tensors: torch.Tensor) -> bool:
     """Whether the rows of a tile lie 2^31 elements or more apart in one of `tensors` [N, H, D]."""
     return any(rows * abs(t.stride(0)) + t.shape[1] * abs(t.stride(1)) >= 2**31 for t in tensors)
 
 
-def _rows_dense(x: torch.Tensor) -> torch.Tensor:
+def rows_dense(x: torch.Tensor) -> torch.Tensor:
     """`x` with elements of a row next to each other; only then are loads vectorised."""
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
-def _logit_scales(scale: float, softcap: float | None) -> tuple[float, float]:
+def logit_scales(scale: float, softcap: float | None) -> tuple[float, float]:
     """What `kernels.capped` takes as `scale` and `softcap`."""
     return (scale * LOG2E, 0.0) if softcap is None else (scale / softcap, softcap)
 
 
-def _constants(q: torch.Tensor, k: torch.Tensor, tile: Tile, **flags: Any) -> dict[str, Any]:
+def constants(q: torch.Tensor, k: torch.Tensor, tile: Tile, **flags: Any) -> dict[str, Any]:
     """Compile-time arguments of a kernel; none of them is a length."""
     return {
         "KEY_HEADS": k.shape[1],
@@ -53,7 +62,7 @@ def block_d(head_dim: int) -> int:
     return max(16, 1 << (head_dim - 1).bit_length())
 
 
-def _strides(*tensors: torch.Tensor) -> list[int]:
+def row_strides(*tensors: torch.Tensor) -> list[int]:
     return [stride for t in tensors for stride in t.stride()[:2]]
 
 
@@ -74,15 +83,15 @@ def forward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     from . import kernels
 
-    q, k, v = map(_rows_dense, (q, k, v))
+    q, k, v = map(rows_dense, (q, k, v))
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(q.shape[1], q.shape[0], dtype=torch.float32, device=q.device)
     cfg = Tile(*tile)
     launch(
         kernels.forward, len(tiles) * k.shape[1],
-        q, k, v, _bytes(keep), sinks, out, lse, segment_starts, prefix_starts, prefix_lens, tiles,
-        q.shape[0], len(prefix_lens), *_strides(q, k, v), *_logit_scales(scale, softcap), window or 0,
-        **_constants(
+        q, k, v, as_bytes(keep), sinks, out, lse, segment_starts, prefix_starts, prefix_lens, tiles,
+        q.shape[0], len(prefix_lens), *row_strides(q, k, v), *logit_scales(scale, softcap), window or 0,
+        **constants(
             q, k, cfg, HAS_KEEP=keep is not None, HAS_SINKS=sinks is not None, HAS_WINDOW=window is not None,
             HAS_SOFTCAP=softcap is not None, LARGE=large_offsets(cfg.block_m, q),
         ),
@@ -102,14 +111,14 @@ def row_terms(
     from . import kernels
 
     N, heads, D = out.shape
-    dout = _rows_dense(dout)
+    dout = rows_dense(dout)
     denominator, delta = (torch.empty(key_heads, N * (heads // key_heads), dtype=torch.float32, device=out.device) for _ in range(2))
     dsink_rows = torch.empty_like(delta) if sinks is not None else None
     block = 32
     launch(
         kernels.row_terms, -(-N * heads // block),
         out, dout, lse, dlse, sinks, denominator, delta, dsink_rows,
-        N, *_strides(dout), *(dlse.stride() if dlse is not None else (0, 0)),
+        N, *row_strides(dout), *(dlse.stride() if dlse is not None else (0, 0)),
         HEADS=heads, GROUP=heads // key_heads, HEAD_DIM=D, HAS_DLSE=dlse is not None, HAS_SINKS=sinks is not None,
         BLOCK_M=block, BLOCK_D=block_d(D), num_warps=4,
     )  # fmt: skip
@@ -137,14 +146,14 @@ def backward_q(
 ) -> torch.Tensor:
     from . import kernels
 
-    q, k, v, dout = map(_rows_dense, (q, k, v, dout))
+    q, k, v, dout = map(rows_dense, (q, k, v, dout))
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     cfg = Tile(*tile)
     launch(
         kernels.backward_q, len(tiles) * k.shape[1],
-        q, k, v, _bytes(keep), dout, denominator, delta, dq, segment_starts, prefix_starts, prefix_lens, tiles,
-        q.shape[0], len(prefix_lens), *_strides(q, k, v, dout), *_logit_scales(scale, softcap), window or 0, scale,
-        **_constants(
+        q, k, v, as_bytes(keep), dout, denominator, delta, dq, segment_starts, prefix_starts, prefix_lens, tiles,
+        q.shape[0], len(prefix_lens), *row_strides(q, k, v, dout), *logit_scales(scale, softcap), window or 0, scale,
+        **constants(
             q, k, cfg, HAS_KEEP=keep is not None, HAS_WINDOW=window is not None, HAS_SOFTCAP=softcap is not None,
             LARGE=large_offsets(cfg.block_m, q, dout),
         ),
@@ -174,17 +183,17 @@ def backward_kv(
     """(dk, dv, dq); dq is empty unless `fused`."""
     from . import kernels
 
-    q, k, v, dout = map(_rows_dense, (q, k, v, dout))
+    q, k, v, dout = map(rows_dense, (q, k, v, dout))
     dk, dv = (torch.empty(k.shape, dtype=k.dtype, device=k.device) for _ in range(2))
     cfg = Tile(*tile)
     group = q.shape[1] // k.shape[1]
     sums = q.new_zeros(k.shape[1] * q.shape[0] * group if fused else 0, block_d(q.shape[2]), dtype=torch.float32)
     launch(
         kernels.backward_kv, len(tiles) * k.shape[1],
-        q, k, v, _bytes(keep), dout, denominator, delta, dk, dv, _reducible(sums, cfg) if fused else None,
+        q, k, v, as_bytes(keep), dout, denominator, delta, dk, dv, _reducible(sums, cfg) if fused else None,
         segment_starts, prefix_starts, prefix_lens, tiles, dependants,
-        q.shape[0], len(prefix_lens), *_strides(q, k, v, dout), *_logit_scales(scale, softcap), window or 0, scale,
-        **_constants(
+        q.shape[0], len(prefix_lens), *row_strides(q, k, v, dout), *logit_scales(scale, softcap), window or 0, scale,
+        **constants(
             q, k, cfg, HAS_KEEP=keep is not None, HAS_WINDOW=window is not None, HAS_SOFTCAP=softcap is not None,
             LARGE=large_offsets(cfg.block_m, q, dout), DQ=("atomic" if q.device.type == "cpu" else "tma") if fused else "none",
         ),
@@ -195,7 +204,7 @@ def backward_kv(
     return dk, dv, dq.reshape(q.shape).to(q.dtype)
 
 
-def _bytes(keep: torch.Tensor | None) -> torch.Tensor | None:
+def as_bytes(keep: torch.Tensor | None) -> torch.Tensor | None:
     return None if keep is None else keep.contiguous().view(torch.uint8)
 
 
