@@ -80,7 +80,7 @@ def check_model(model: PreTrainedModel | PreTrainedConfig) -> None:
     """
     config = model if isinstance(model, PreTrainedConfig) else model.config
     text = config.get_text_config()
-    kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None) if config is model else type(model)
+    kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None) if config is model else model
     reason = None
     other = sorted(set(getattr(text, "layer_types", None) or []) - {"full_attention", "sliding_attention"})
     # Configurations name these sizes after the layer they belong to; no attribute says "recurrent" outright.
@@ -107,7 +107,7 @@ def check_model(model: PreTrainedModel | PreTrainedConfig) -> None:
         reason = "does not use transformers' attention interface"
     elif kind is not None and not kind._supports_flash_attn:  # which takes no mask either
         reason = "puts more into its attention masks than order and a window"
-    elif isinstance(model, PreTrainedModel) and _counts_positions_after_padding(model):
+    elif isinstance(model, torch.nn.Module) and _counts_positions_after_padding(model):
         reason = "counts its positions from padding_idx + 1"
     if reason is not None:
         raise ValueError(
@@ -115,7 +115,7 @@ def check_model(model: PreTrainedModel | PreTrainedConfig) -> None:
         )
 
 
-def _counts_positions_after_padding(model: PreTrainedModel) -> bool:
+def _counts_positions_after_padding(model: torch.nn.Module) -> bool:
     """RoBERTa and its descendants: their own positions are not those of `position_ids`."""
     return any(
         name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None
@@ -131,6 +131,11 @@ class PackMask:
     """
 
     window: int | None
+    __iter__ = None  # or `__getitem__` would make it endless
+
+    def __getitem__(self, rows: tuple[Any, ...]) -> PackMask:
+        """Gemma 4 cuts its masks to the rows that its last layers keep; for a pack these are all."""
+        return self
 
 
 def leaf_mask(
@@ -182,7 +187,10 @@ def leaf_attention(
     if query.shape[0] != 1:
         raise ValueError(f"attn_implementation='leaf': a pack is a batch of 1, got a batch of {query.shape[0]}")
     if key.shape[2] != query.shape[2]:
-        raise ValueError("attn_implementation='leaf': a key/value cache is in use; call the model with use_cache=False")
+        raise ValueError(
+            f"attn_implementation='leaf': {query.shape[2]} queries but {key.shape[2]} keys; call the model with "
+            "use_cache=False and without logits_to_keep"
+        )
     if (getattr(module, "is_causal", True) if is_causal is None else is_causal) is False:
         raise ValueError("attn_implementation='leaf': this layer is bidirectional; packs are causal")
     unknown = [k for k, v in others.items() if k not in _WITHOUT_EFFECT and v is not None and v is not False]

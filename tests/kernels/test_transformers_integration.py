@@ -20,6 +20,7 @@ from transformers import (
     DeepseekV3Config,
     Gemma2Config,
     Gemma3TextConfig,
+    Gemma4TextConfig,
     Glm4Config,
     GPT2Config,
     GPTNeoXConfig,
@@ -88,6 +89,15 @@ CONFIGS = {
         rope_parameters={"sliding_attention": {**ROPE, "rope_theta": 100.0}, "full_attention": ROPE},
         query_pre_attn_scalar=5,
         final_logit_softcapping=2.0,
+    ),
+    "gemma4": Gemma4TextConfig(
+        **{**GQA3, "num_hidden_layers": 4, "num_key_value_heads": 2},
+        **WINDOW,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+        num_kv_shared_layers=2,
+        global_head_dim=16,
+        hidden_size_per_layer_input=8,
+        vocab_size_per_layer_input=VOCAB,
     ),
     "phi3": Phi3Config(
         **GQA7_BY_HIDDEN,
