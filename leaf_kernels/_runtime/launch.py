@@ -14,6 +14,7 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
+@torch.compiler.assume_constant_result  # what a traced program runs on does not change
 def architecture(device: torch.device) -> str:
     """The column of a configuration table that serves `device`.
 

@@ -18,7 +18,6 @@ class Tile(NamedTuple):
     stages: int
 
 
-@torch.compiler.assume_constant_result
 def tile_for(kernel: str, head_dim: int, dtype: torch.dtype, device: torch.device) -> Tile:
     """The configuration of `kernel` ("forward", "backward_q", "backward_kv", "backward_fused", "mass") for a head size."""
     arch = architecture(device)

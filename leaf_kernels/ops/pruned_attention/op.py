@@ -255,7 +255,7 @@ class _Attention(torch.autograd.Function):
     ):
         starts = (segment_starts, prefix_starts, prefix_lens)
         out, lse = _forward(q, k, v, keep, sinks, *starts, rows, *options, tiles[0])
-        ctx.save_for_backward(q, k, v, sinks, keep, out, lse, *starts, backward_rows, keys, dependants)
+        ctx.save_for_backward(q, k, v, sinks, keep, out, lse, *starts, rows, backward_rows, keys, dependants)
         ctx.options, ctx.tiles, ctx.fused = options, tiles, fused
         ctx.set_materialize_grads(False)
         return out, lse
@@ -263,7 +263,7 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dout, dlse):
-        q, k, v, sinks, keep, out, lse, *starts, rows, keys, dependants = ctx.saved_tensors
+        q, k, v, sinks, keep, out, lse, *starts, rows, backward_rows, keys, dependants = ctx.saved_tensors
         needs_q, needs_k, needs_v, needs_sinks = ctx.needs_input_grad[:4]
         if dout is None:
             dout = torch.zeros_like(out)
@@ -274,7 +274,7 @@ class _Attention(torch.autograd.Function):
         if needs_k or needs_v:
             dk, dv, dq = _backward_kv(*saved, keys, dependants, *ctx.options, ctx.tiles[2], fused)
         if needs_q and not fused:
-            dq = _backward_q(*saved, rows, *ctx.options, ctx.tiles[1])
+            dq = _backward_q(*saved, backward_rows if backward_rows is not None else rows, *ctx.options, ctx.tiles[1])
         gradients = (dq, dk, dv, dsinks.to(sinks.dtype) if needs_sinks else None)
         return *(g if needed else None for g, needed in zip(gradients, ctx.needs_input_grad)), *[None] * 11
 
@@ -301,7 +301,8 @@ def pruned_attention_triton(
     rows = query_tiles(layout, group, tiles[0].block_m)
     backward_rows = keys = dependants = None
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (q, k, v, sinks)):
-        backward_rows = query_tiles(layout, group, tiles[1].block_m)
+        if tiles[1].block_m != tiles[0].block_m:  # None stands for the forward's: torch.compile refuses one tensor given twice
+            backward_rows = query_tiles(layout, group, tiles[1].block_m)
         keys, dependants = key_tiles(layout, tiles[2].block_n)
     return _Attention.apply(
         q, k, v, sinks, keep, layout.segment_starts, layout.prefix_starts, layout.prefix_lens,

@@ -33,8 +33,8 @@ def key_tiles(layout: SharedPrefixLayout, block: int) -> tuple[torch.Tensor, tor
 
 def _lengths(layout: SharedPrefixLayout) -> torch.Tensor:
     """[S + 1] int64: length of every segment, then the number of positions that belong to none."""
-    ends = torch.nn.functional.pad(layout.segment_starts, (0, 1), value=layout.num_tokens)
-    return ends.diff().long()
+    starts = layout.segment_starts
+    return torch.cat([starts, starts.new_full((1,), layout.num_tokens)]).diff().long()
 
 
 def _cut(rows: torch.Tensor, capacity: int, block: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
