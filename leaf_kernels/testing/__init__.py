@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from .allocations import record_allocations, record_peak_bytes
+from .attention import AttentionResult, attention_in_chunks
 from .budget import assert_close_to_fp64
-from .ragged import ragged_lengths, ragged_starts
+from .ragged import pruned_groups, ragged_lengths, ragged_starts
 from .sync import refuse_host_sync
 
 __all__ = [
+    "AttentionResult",
     "assert_close_to_fp64",
+    "attention_in_chunks",
+    "pruned_groups",
     "ragged_lengths",
     "ragged_starts",
     "record_allocations",
