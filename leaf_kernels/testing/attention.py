@@ -47,7 +47,7 @@ def attention_in_chunks(
             is -inf.
         Everything else as in `pruned_attention`.
     """
-    (N, Hq, D), Hk = q.shape, k.shape[1]
+    N, Hq, D = q.shape
     wide = torch.promote_types(q.dtype, torch.float32)
     scale = 1 / math.sqrt(D) if scale is None else scale
     positions = layout.position_ids
@@ -68,7 +68,7 @@ def attention_in_chunks(
             leaves = [x.detach().requires_grad_() for x in (q[rows], k[keys], v[keys])]
             if sinks is not None:
                 leaves.append(sinks.detach().requires_grad_())
-            o, chunk_lse = _attend(leaves, visible, Hk, scale, softcap)
+            o, chunk_lse = _attend(leaves, visible, scale, softcap)
             out[rows], lse[:, rows] = o.detach(), chunk_lse.detach()
             results, gradients = [o], [upstream[rows].to(q.dtype)]
             if upstream_lse is not None:
@@ -83,11 +83,13 @@ def attention_in_chunks(
 
 
 def _attend(
-    leaves: list[torch.Tensor], visible: torch.Tensor, Hk: int, scale: float, softcap: float | None
+    leaves: list[torch.Tensor], visible: torch.Tensor, scale: float, softcap: float | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """out [Lq, Hq, D] and lse [Hq, Lq] of one chunk of q [Lq, Hq, D] on k, v [Lk, Hk, D], with or without sinks [Hq]."""
     q, k, v, *sinks = leaves
-    logits = torch.einsum("qhgd,khd->hgqk", q.unflatten(1, (Hk, -1)), k).flatten(0, 1) * scale
+    # Expanded, as model code does it: gradients of one key head are rounded per query head before they are summed
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    logits = torch.einsum("qhd,khd->hqk", q, k) * scale
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
     logits = logits.to(torch.promote_types(q.dtype, torch.float32))
@@ -97,5 +99,5 @@ def _attend(
     lse = torch.logsumexp(logits, -1)
     total = torch.logaddexp(lse, sinks[0].to(lse.dtype)[:, None]) if sinks else lse
     probabilities = torch.exp(logits - total[..., None]).to(q.dtype)
-    out = torch.einsum("hgqk,khd->qhgd", probabilities.unflatten(0, (Hk, -1)), v).flatten(1, 2)
+    out = torch.einsum("hqk,khd->qhd", probabilities, v)
     return torch.where(has_key[:, None, None], out, 0), torch.where(has_key, lse, float("-inf"))

@@ -20,11 +20,13 @@ def ragged_starts(lengths: list[int]) -> torch.Tensor:
     return torch.tensor([0, *lengths]).cumsum(0).int()
 
 
-def pruned_groups(num_groups: int, *, seed: int = 0) -> list[list[torch.Tensor]]:
+def pruned_groups(
+    num_groups: int, *, prompt: tuple[int, int] = (300, 1000), response: int = 200, seed: int = 0
+) -> list[list[torch.Tensor]]:
     """Token ids as pruning makes them, for `SharedPrefixLayout.from_groups`: an original and its counterfactuals.
 
-    A prompt of 300–1000 tokens with a response of 200, then 1–4 copies that each lack 5–40 consecutive tokens somewhere in
-    the prompt, so that a copy shares what stands before its deletion.
+    A prompt of a length in `prompt` (42 at least) with a response, then 1–4 copies that each lack 5–40 consecutive tokens
+    somewhere in the prompt, so that a copy shares what stands before its deletion.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -33,12 +35,12 @@ def pruned_groups(num_groups: int, *, seed: int = 0) -> list[list[torch.Tensor]]
 
     groups = []
     for _ in range(num_groups):
-        prompt = between(300, 1000)
-        ids = torch.arange(prompt + 200)  # all distinct: what is shared is exactly what stands before the deletion
+        length = between(*prompt)
+        ids = torch.arange(length + response)  # all distinct: what is shared is exactly what stands before the deletion
         group = [ids]
         for _ in range(between(1, 4)):
             removed = between(5, 40)
-            start = between(1, prompt - removed)
+            start = between(1, length - removed)
             group.append(torch.cat([ids[:start], ids[start + removed :]]))
         groups.append(group)
     return groups
