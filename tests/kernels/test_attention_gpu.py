@@ -179,6 +179,7 @@ def test_error_budget_with_a_gradient_of_lse_and_removed_keys(name: str):
     assert_in_budget(attend(*tensors, layout, **options), *judge(*tensors, layout, **options))
 
 
+@pytest.mark.timeout(900)  # the oracle needs fp64, of which some GPUs have little
 @pytest.mark.parametrize(("name", "length"), [("Llama-3.2-1B", 131072), ("Llama-3.1-8B", 32768), ("Qwen2.5-7B", 65536)])
 def test_error_budget_of_a_long_sequence(name: str, length: int):
     """With a continuation that shares 90 % of it. Every row and key of the last key head and its queries is checked."""
@@ -196,8 +197,8 @@ def test_error_budget_of_a_long_sequence(name: str, length: int):
 
 def test_offsets_beyond_two_to_the_31():
     """The last segment of a pack whose q has more than 2^31 elements, against that segment alone."""
-    if torch.cuda.get_device_properties(DEVICE).total_memory < 60 * 2**30:
-        pytest.skip("needs 60 GiB of GPU memory")
+    if torch.cuda.get_device_properties(DEVICE).total_memory < 38 * 2**30:
+        pytest.skip("needs 40 GB of GPU memory")
     count, length = 1100, 1000
     layout = SharedPrefixLayout.from_lengths([length] * count).to(DEVICE)
     tensors = inputs(count * length, LLAMA_1B)
