@@ -1,4 +1,4 @@
-"""Writes the demo's tables into README.md and docs/method-notes.md, between their markers:  python benchmarks/tables.py
+"""Writes the tables of README.md and docs/ between their markers:  python benchmarks/tables.py
 
 Numbers in the documentation come from `benchmarks/results/` and from nowhere else; a test holds that they are up to date.
 """
@@ -72,6 +72,37 @@ def detection(results: dict[str, Any]) -> str:
     return markdown(["detection of the planted token", "mean ± sd"], rows)
 
 
+def gpu_attention(results: Path = RESULTS.parent) -> str:
+    """One table of goals per GPU that was measured."""
+    parts = []
+    for path in sorted(results.glob("*/attention.json")):
+        measured = json.loads(path.read_text())
+        where = measured["rows"][0]
+        (anchor,) = (row for row in measured["rows"] if row["case"] == "anchors")
+        parts.append(
+            f"{where['gpu']} (driver {where['driver']}, {where['power_limit_w']} W; copy {anchor['copy_gb_s']:.0f} GB/s, "
+            f"matmul {anchor['matmul_tflop_s']:.0f} TFLOP/s), torch {where['torch']}, triton {where['triton']}, commit "
+            f"`{where['commit'][:12]}`:"
+        )
+        header = ["goal", "case", "mode", "against", "split", "fused", "wanted", "stretch", "verdict"]
+        parts.append(markdown(header, [goal_row(goal) for goal in measured["goals"]]))
+    return "\n\n".join(parts) or "Not measured yet: nobody has run this on a GPU and committed the result."
+
+
+def goal_row(goal: dict[str, Any]) -> list[str]:
+    if goal["passed"] is None:
+        return [goal["goal"], goal["case"], goal["mode"], *["–"] * 5, goal["reason"]]
+    verdict = "reached" if goal["passed"] else "missed"
+    ratios = [f"{goal['ratios'][name]:.2f}×" if name in goal["ratios"] else "–" for name in ("leaf", "leaf fused")]
+    return [
+        *(goal[name] for name in ("goal", "case", "mode", "peer")),
+        *ratios,
+        f"{goal['wanted']:.2f}×",
+        f"{goal['stretch']:.2f}×",
+        verdict + (", within noise of 1" if goal["noise"] else ""),
+    ]
+
+
 def documents() -> dict[Path, dict[str, str]]:
     """Text of every marker of every document."""
     full, fast = load("full"), load("fast")
@@ -90,7 +121,11 @@ def documents() -> dict[Path, dict[str, str]]:
                 paired(any_word),
             ]
         )
-    return {ROOT / "README.md": blocks, ROOT / "docs" / "method-notes.md": blocks}
+    return {
+        ROOT / "README.md": blocks,
+        ROOT / "docs" / "method-notes.md": blocks,
+        ROOT / "docs" / "gpu.md": {"gpu-attention": gpu_attention()},
+    }
 
 
 def filled(text: str, blocks: dict[str, str]) -> str:

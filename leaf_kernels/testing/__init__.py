@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from .allocations import record_allocations, record_peak_bytes
+from .attention import attention_in_chunks
 from .budget import assert_close_to_fp64
 from .covering import pairwise
 from .guarded import guarded_outputs
 from .offline import Compiled, compile_offline
-from .ragged import ragged_lengths, ragged_starts
+from .ragged import pruned_groups, ragged_lengths, ragged_starts
 from .sync import refuse_host_sync
 
 __all__ = [
     "Compiled",
     "assert_close_to_fp64",
+    "attention_in_chunks",
     "compile_offline",
     "guarded_outputs",
     "pairwise",
+    "pruned_groups",
     "ragged_lengths",
     "ragged_starts",
     "record_allocations",

@@ -1,0 +1,1 @@
+"""Measurements. Run from the repository's root; never part of a wheel."""
