@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .allocations import record_allocations, record_peak_bytes
-from .attention import attention_in_chunks
+from .attention import AttentionResult, attention_in_chunks
 from .budget import assert_close_to_fp64
 from .covering import pairwise
 from .guarded import guarded_outputs
@@ -12,6 +12,7 @@ from .ragged import pruned_groups, ragged_lengths, ragged_starts
 from .sync import refuse_host_sync
 
 __all__ = [
+    "AttentionResult",
     "Compiled",
     "assert_close_to_fp64",
     "attention_in_chunks",

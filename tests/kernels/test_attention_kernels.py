@@ -63,12 +63,18 @@ def test_covering_array(case: dict):
     oracle = run(reference, case, torch.float64)
     budget = run(plain, case, case["dtype"])
     assert torch.equal(actual["lse"].isfinite(), oracle["lse"].isfinite())
+    for result in (actual, budget, oracle):
+        result["lse"] = torch.where(result["lse"].isfinite(), result["lse"], 0)
+    # An exponential of a logit of size L has a relative error of eps·L, whatever the formula.
+    largest = float(oracle["lse"].detach().abs().max())
     for name, exact in oracle.items():
-        if name == "lse":
-            actual[name], budget[name], exact = (
-                torch.where(exact.isfinite(), x, 0) for x in (actual[name], budget[name], exact)
-            )
+        if name == "dsinks":  # a handful of sums over all rows: their budget would be a matter of luck
+            eps = torch.finfo(case["dtype"]).eps
+            torch.testing.assert_close(actual[name].double(), exact, rtol=0, atol=4 * eps * len(actual["out"]) ** 0.5)
+            continue
         try:
-            assert_close_to_fp64(actual[name], budget[name], exact, max_lse=float(exact.abs().max()) if name == "lse" else 1)
+            assert_close_to_fp64(
+                actual[name], budget[name], exact, max_lse=largest * max(1.0, float(exact.detach().abs().max()))
+            )
         except AssertionError as error:
             raise AssertionError(f"{name}: {error}") from error

@@ -10,8 +10,8 @@ from ..._runtime.checks import check_device, compute_dtype
 from ..._runtime.dispatch import resolve_impl
 from ...layout import SharedPrefixLayout
 from ...types import Impl
+from ..pruned_attention.arguments import obstacle
 from ..pruned_attention.checks import check_attention, check_token_mask
-from ..pruned_attention.op import obstacle
 from .op import attention_mass_triton
 from .reference import attention_mass_reference
 

@@ -7,15 +7,8 @@ import torch
 from ..._runtime.launch import launch
 from ..._runtime.library import define
 from ...layout import SharedPrefixLayout
+from ..pruned_attention.arguments import as_bytes, constants, large_offsets, logit_scales, row_strides, rows_dense
 from ..pruned_attention.configs import Tile, tile_for
-from ..pruned_attention.op import (
-    as_bytes,
-    constants,
-    large_offsets,
-    logit_scales,
-    rows_dense,
-    row_strides,
-)
 from ..pruned_attention.schedule import key_tiles, query_tiles
 
 

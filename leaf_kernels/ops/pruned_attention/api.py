@@ -10,8 +10,9 @@ from ..._runtime.checks import check_device, check_floating, check_shape, check_
 from ..._runtime.dispatch import VENDOR_IMPLS, resolve_impl
 from ...layout import SharedPrefixLayout
 from ...types import Impl
+from .arguments import obstacle
 from .checks import check_attention
-from .op import obstacle, pruned_attention_triton
+from .op import pruned_attention_triton
 from .reference import pruned_attention_reference
 from .sdpa import pruned_attention_sdpa
 from .vendor import pruned_attention_vendor

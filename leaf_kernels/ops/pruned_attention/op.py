@@ -10,61 +10,9 @@ from torch.autograd.function import once_differentiable
 from ..._runtime.launch import launch
 from ..._runtime.library import define
 from ...layout import SharedPrefixLayout
+from .arguments import as_bytes, block_d, constants, large_offsets, logit_scales, row_strides, rows_dense
 from .configs import Tile, tile_for
 from .schedule import key_tiles, query_tiles
-
-MAX_HEAD_DIM = 256
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-LOG2E = 1.4426950408889634
-
-
-def obstacle(q: torch.Tensor) -> str | None:
-    """Why the kernels cannot serve heads like those of `q`, if so."""
-    if q.dtype not in DTYPES:
-        return f"the kernel computes in float16, bfloat16 or float32, not {q.dtype}"
-    if q.shape[2] > MAX_HEAD_DIM:
-        return f"the kernel serves head sizes up to {MAX_HEAD_DIM}, not {q.shape[2]}"
-    return None
-
-
-def large_offsets(rows: int, *tensors: torch.Tensor) -> bool:
-    """Whether the rows of a tile lie 2^31 elements or more apart in one of `tensors` [N, H, D]."""
-    return any(rows * abs(t.stride(0)) + t.shape[1] * abs(t.stride(1)) >= 2**31 for t in tensors)
-
-
-def rows_dense(x: torch.Tensor) -> torch.Tensor:
-    """`x` with elements of a row next to each other; only then are loads vectorised."""
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
-
-
-def logit_scales(scale: float, softcap: float | None) -> tuple[float, float]:
-    """What `kernels.capped` takes as `scale` and `softcap`."""
-    return (scale * LOG2E, 0.0) if softcap is None else (scale / softcap, softcap)
-
-
-def constants(q: torch.Tensor, k: torch.Tensor, tile: Tile, **flags: Any) -> dict[str, Any]:
-    """Compile-time arguments of a kernel; none of them is a length."""
-    return {
-        "KEY_HEADS": k.shape[1],
-        "GROUP": q.shape[1] // k.shape[1],
-        "HEAD_DIM": q.shape[2],
-        "BLOCK_M": tile.block_m,
-        "BLOCK_N": tile.block_n,
-        "BLOCK_D": block_d(q.shape[2]),
-        "num_warps": tile.warps,
-        "num_stages": tile.stages,
-        **flags,
-    }
-
-
-def block_d(head_dim: int) -> int:
-    """Columns of a tile: the next power of two; a dot needs 16."""
-    return max(16, 1 << (head_dim - 1).bit_length())
-
-
-def row_strides(*tensors: torch.Tensor) -> list[int]:
-    return [stride for t in tensors for stride in t.stride()[:2]]
-
 
 def forward(
     q: torch.Tensor,
@@ -202,10 +150,6 @@ def backward_kv(
         return dk, dv, q.new_empty(0)
     dq = sums.mul_(scale).view(k.shape[1], q.shape[0], group, -1)[..., : q.shape[2]].transpose(0, 1)
     return dk, dv, dq.reshape(q.shape).to(q.dtype)
-
-
-def as_bytes(keep: torch.Tensor | None) -> torch.Tensor | None:
-    return None if keep is None else keep.contiguous().view(torch.uint8)
 
 
 def _reducible(sums: torch.Tensor, tile: Tile) -> Any:

@@ -1,0 +1,645 @@
+"""What the attention operators promise besides the numbers: schedules, memory, gradients, compilation, refusals."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import sys
+import types
+from unittest import mock
+
+import pytest
+import torch
+from attention import BLOCK, dense, keep_mask, layouts, packed, qkv, visibility
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from leaf_kernels import SharedPrefixLayout, attention_mass, pruned_attention
+from leaf_kernels._runtime import dispatch, launch
+from leaf_kernels.ops.attention_mass import op as mass_op
+from leaf_kernels.ops.pruned_attention import op
+from leaf_kernels.ops.pruned_attention.arguments import large_offsets
+from leaf_kernels.ops.pruned_attention.schedule import key_tiles, query_tiles
+from leaf_kernels.testing import guarded_outputs, record_allocations, refuse_host_sync
+
+SMALL = packed((BLOCK + 3, [(5, 4), (BLOCK, 2)]), tail=1)
+
+groups_strategy = st.lists(
+    st.tuples(st.integers(0, 50), st.lists(st.tuples(st.integers(0, 50), st.integers(0, 30)), max_size=4)), max_size=4
+)
+
+
+def layout_of(groups, tail: int) -> SharedPrefixLayout:
+    return packed(*[(root, [(min(p, root), n) for p, n in members]) for root, members in groups], tail=tail)
+
+
+# -- schedules ----------------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=60, deadline=None)
+@given(groups_strategy, st.integers(0, 20), st.sampled_from([1, 3, 4, 7, 40]))
+def test_query_tiles_cover_every_row_once(groups, tail, group):
+    layout = layout_of(groups, tail)
+    lengths = [*layout.segment_starts.diff().tolist(), tail]
+    found = [(s, f) for s, f in query_tiles(layout, group, BLOCK).tolist() if s >= 0]
+    expected = [(s, f) for s, n in enumerate(lengths) for f in range(0, n * group, BLOCK)]
+    assert sorted(found) == expected
+
+
+@settings(max_examples=60, deadline=None)
+@given(groups_strategy, st.integers(0, 20))
+def test_key_tiles_know_their_readers(groups, tail):
+    layout = layout_of(groups, tail)
+    lengths = [*layout.segment_starts.diff().tolist(), tail]
+    tiles, dependants = key_tiles(layout, BLOCK)
+    found = [row for row in tiles.tolist() if row[0] >= 0]
+    assert sorted(row[:2] for row in found) == [[s, f] for s, n in enumerate(lengths) for f in range(0, n, BLOCK)]
+    starts = [*layout.segment_starts.tolist()]
+    for segment, first, begin, covering, reaching in found:
+        lens = {
+            s: p
+            for s, (_, _, start, p) in enumerate(layout.spans())
+            if p and start == starts[segment] and segment < layout.num_segments
+        }
+        assert sorted(dependants[begin:covering].tolist()) == [s for s, p in lens.items() if p >= first + BLOCK]
+        assert sorted(dependants[begin:reaching].tolist()) == [s for s, p in lens.items() if p > first]
+
+
+def test_longest_tiles_come_first():
+    layout = packed((100, [(90, 40)]), (10, []))
+    assert query_tiles(layout, 1, BLOCK)[0].tolist() == [1, 32], "keys 90 + 40"
+    assert key_tiles(layout, BLOCK)[0][0, :2].tolist() == [0, 0], "read by 140 queries"
+
+
+def test_schedules_are_built_once_and_without_a_sync():
+    layout = layouts()["prefix"]
+    with refuse_host_sync():
+        tiles, keys = query_tiles(layout, 4, BLOCK), key_tiles(layout, BLOCK)
+    assert query_tiles(layout, 4, BLOCK) is tiles
+    assert key_tiles(layout, BLOCK) is keys
+
+
+def test_schedules_of_many_and_of_long_segments():
+    """70 000 segments and a million tokens: the grids are one-dimensional and grow with tokens, not with segments x longest."""
+    many = SharedPrefixLayout.from_lengths([3] * 70_000)
+    long = SharedPrefixLayout.from_lengths([1 << 20])
+    assert (query_tiles(many, 4, 128)[:, 0] >= 0).sum() == 70_000
+    assert len(query_tiles(many, 4, 128)) <= 3 * 70_000 * 4 // 128 + 70_001
+    assert len(query_tiles(long, 4, 128)) == (1 << 20) * 4 // 128 + 2
+    assert len(key_tiles(long, 64)[0]) == (1 << 20) // 64 + 2
+
+
+# -- gradients and inputs -------------------------------------------------------------------------------------------------
+
+
+def test_grouped_query_strides_upstream_and_inputs_left_alone():
+    """Slices of one QKV projection with a stride in the head dimension too, upstream gradients of stride 0: as contiguous ones."""
+    N, D = SMALL.num_tokens, 16
+    projection = torch.randn(N, 4, 2 * D + 2, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    q, k, v = projection[:, :2, :D], projection[:, 2:3, 1 : 2 * D + 1 : 2], projection[:, 3:, 2 : D + 2]
+    before = projection.detach().clone()
+    results = []
+    for inputs in ((q, k, v), tuple(x.contiguous() for x in (q, k, v))):
+        for upstream in (torch.ones(()).expand(N, 2, D), torch.ones(N, D, 2).transpose(1, 2)):
+            out = pruned_attention(*inputs, SMALL, impl="triton")
+            with guarded_outputs():
+                results.append([out, *torch.autograd.grad(out, [projection], upstream)])
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other))
+    assert torch.equal(projection, before)
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_every_subset_of_requires_grad(deterministic: bool):
+    tensors = [*qkv(SMALL.num_tokens, 2, 1, 16, torch.float32), torch.tensor([0.3, -0.2], requires_grad=True)]
+
+    def gradients(flags) -> list[torch.Tensor | None]:
+        some = [x.detach().clone().requires_grad_(flag) for x, flag in zip(tensors, flags)]
+        out, lse = pruned_attention(
+            *some[:3], SMALL, sinks=some[3], return_lse=True, impl="triton", deterministic=deterministic
+        )
+        assert out.requires_grad == any(flags)
+        if any(flags):
+            (out.sum() + lse[:, :-1].sum()).backward()
+        return [x.grad for x in some]
+
+    full = gradients([True] * 4)
+    for flags in itertools.product([False, True], repeat=4):
+        with mock.patch.object(op, "launch", wraps=op.launch) as launches:
+            for got, flag, expected in zip(gradients(flags), flags, full):
+                assert (got is not None) == flag
+                if flag:
+                    torch.testing.assert_close(got, expected)
+        names = [call.args[0].__name__ for call in launches.call_args_list]
+        assert ("backward_kv" in names) == (flags[1] or flags[2]), "nothing is computed that nobody asked for"
+        alone = flags[0] and (deterministic or not (flags[1] or flags[2]))
+        assert ("backward_q" in names) == alone
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_without_gradients_only_the_forward_runs(mode):
+    q, k, v = qkv(SMALL.num_tokens, 2, 1, 16, torch.float32)
+    layout = packed((9, []))
+    layout = SharedPrefixLayout(SMALL.segment_starts, SMALL.prefix_starts, SMALL.prefix_lens, SMALL.num_tokens)
+    with mode():
+        assert not pruned_attention(q, k, v, layout, impl="triton").requires_grad
+    assert [key[0] for key in layout._cache] == ["query_tiles"], "no schedule of a backward that will not run"
+
+
+def test_double_backward_is_refused():
+    q, k, v = qkv(SMALL.num_tokens, 2, 1, 16, torch.float32)
+    out = pruned_attention(q, k, v, SMALL, impl="triton")
+    (dq,) = torch.autograd.grad(out.square().sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dq.sum().backward()
+
+
+def test_backward_twice_doubles():
+    q, k, v = qkv(SMALL.num_tokens, 2, 1, 16, torch.float32)
+    loss = pruned_attention(q, k, v, SMALL, impl="triton").square().sum()
+    loss.backward(retain_graph=True)
+    once = [x.grad.clone() for x in (q, k, v)]
+    loss.backward()
+    assert all(torch.equal(x.grad, 2 * g) for x, g in zip((q, k, v), once))
+
+
+def test_checkpointing_gives_the_same_gradients():
+    inputs = qkv(SMALL.num_tokens, 2, 1, 16, torch.float32)
+
+    def attend(q, k, v):
+        return pruned_attention(q, k, v, SMALL, impl="triton")
+
+    plain = torch.autograd.grad(attend(*inputs).square().sum(), inputs)
+    again = torch.utils.checkpoint.checkpoint(attend, *inputs, use_reentrant=False)
+    assert all(torch.equal(a, b) for a, b in zip(torch.autograd.grad(again.square().sum(), inputs), plain))
+
+
+def test_a_checkpointing_policy_can_name_the_operator():
+    from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+    inputs = qkv(SMALL.num_tokens, 2, 1, 16, torch.float32)
+    seen = []
+
+    def policy(_, called, *args, **kwargs):
+        seen.append(str(called))
+        mine = called is torch.ops.leaf_kernels.pruned_attention.default
+        return CheckpointPolicy.MUST_SAVE if mine else CheckpointPolicy.PREFER_RECOMPUTE
+
+    with mock.patch.object(op, "launch", wraps=op.launch) as launches:
+        out = checkpoint(
+            lambda q, k, v: pruned_attention(q, k, v, SMALL, impl="triton"),
+            *inputs,
+            use_reentrant=False,
+            context_fn=lambda: create_selective_checkpoint_contexts(policy),
+        )
+        out.sum().backward()
+    assert "leaf_kernels.pruned_attention.default" in seen
+    assert [call.args[0].__name__ for call in launches.call_args_list].count("forward") == 1, "saved, not run again"
+
+
+# -- NaN and absent rows ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_what_is_not_attended_changes_nothing(deterministic: bool):
+    """NaN in removed keys, in the tail, in another group and behind a member's prefix: bitwise no effect on everyone else."""
+    layout = packed((BLOCK + 5, [(7, 6)]), (20, [(9, 5)]), tail=2)
+    N = layout.num_tokens
+    keep = torch.ones(N, dtype=torch.bool)
+    keep[3] = False
+    q, k, v = (x.detach() for x in qkv(N, 4, 2, 16, torch.float32))
+    member = (layout.segment_ids == 1).nonzero().flatten()
+
+    def run(q, k, v, rows):
+        inputs = [x.clone().requires_grad_() for x in (q, k, v)]
+        out = pruned_attention(*inputs, layout, keep=keep, impl="triton", deterministic=deterministic)
+        return out[rows], [g[rows] for g in torch.autograd.grad(out[rows].sum(), inputs)]
+
+    rows = torch.cat([torch.arange(7), member])  # the member and its prefix
+    clean, gradients = run(q, k, v, rows)
+    for x in (k, v):
+        x[3] = math.nan
+    for x in (q, k, v):
+        x[-2:] = math.nan  # the tail
+        x[7 : BLOCK + 5] = math.nan  # the root, behind the member's prefix
+        x[layout.segment_ids >= 2] = math.nan  # the other group
+    dirty, dirty_gradients = run(q, k, v, rows)
+    assert torch.equal(dirty, clean)
+    assert all(g.isfinite().all() for g in gradients)
+    # the root's own rows are NaN now and what they send to its first keys is too; the queries stay clean
+    assert torch.equal(dirty_gradients[0][7:], gradients[0][7:])
+    assert torch.equal(dirty_gradients[1][7:], gradients[1][7:])
+    assert torch.equal(dirty_gradients[2][7:], gradients[2][7:])
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+@pytest.mark.parametrize("hidden", ["everything", "first tile"])
+def test_rows_without_keys(hidden: str, deterministic: bool):
+    layout = layouts()["long_prefix"]
+    N = layout.num_tokens
+    keep = torch.zeros(N, dtype=torch.bool)
+    if hidden == "first tile":
+        keep = torch.arange(N) >= BLOCK + 2
+    q, k, v = qkv(N, 2, 1, 16, torch.float32)
+    sinks = torch.zeros(2, requires_grad=True)
+    with guarded_outputs():
+        out, lse = pruned_attention(
+            q, k, v, layout, keep=keep, sinks=sinks, return_lse=True, impl="triton", deterministic=deterministic
+        )
+        absent = ~visibility(layout, keep, None).any(-1)
+        assert absent[:BLOCK].all()
+        assert (out[absent] == 0).all()
+        assert (lse[:, absent] == -math.inf).all()
+        assert lse[:, ~absent].isfinite().all()
+        loss = out.sum() + torch.where(lse.isfinite(), lse, 0).sum()
+        dq, dk, dv, dsinks = torch.autograd.grad(loss, [q, k, v, sinks])
+    assert (dq[absent] == 0).all()
+    assert (dk[~keep] == 0).all()
+    assert (dv[~keep] == 0).all()
+    assert all(g.isfinite().all() for g in (dq, dk, dv, dsinks))
+    if hidden == "everything":
+        assert (dsinks == 0).all()
+
+
+def test_a_nan_stays_visible_in_its_own_row():
+    q, k, v = qkv(SMALL.num_tokens, 2, 1, 16, torch.float32)
+    with torch.no_grad():
+        q[4] = math.nan
+    out, lse = pruned_attention(q, k, v, SMALL, impl="triton", return_lse=True)
+    assert out[4].isnan().all()
+    assert lse[:, 4].isnan().all()
+    (dq,) = torch.autograd.grad(out.sum(), q)
+    assert dq[4].isnan().all()
+
+
+def test_no_tokens_and_no_segments():
+    for layout in (SharedPrefixLayout.from_lengths([0, 0]), SharedPrefixLayout.from_lengths([])):
+        q, k, v = qkv(0, 4, 2, 16, torch.float32)
+        out, lse = pruned_attention(q, k, v, layout, return_lse=True, impl="triton")
+        assert (out.shape, lse.shape) == ((0, 4, 16), (4, 0))
+        assert all(g.shape == x.shape for g, x in zip(torch.autograd.grad(out.sum(), [q, k, v]), (q, k, v)))
+        nobody = torch.zeros(0, dtype=torch.bool)
+        assert attention_mass(q, k, layout, queries=nobody, impl="triton").shape == (4, 0)
+
+
+# -- attention mass ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["short", "long_prefix"])
+@pytest.mark.parametrize(
+    ("Hq", "Hk", "options"),
+    [
+        (2, 2, {}),
+        (3, 1, {"keep": True, "window": 20}),
+        (6, 2, {"softcap": 1.0, "sinks": True}),
+        (18, 1, {"window": 3}),
+    ],
+)
+def test_attention_mass_kernel(name: str, Hq: int, Hk: int, options: dict):
+    layout = layouts()[name]
+    N = layout.num_tokens
+    q, k, v = (x.detach() for x in qkv(N, Hq, Hk, 24, torch.float32))
+    options = dict(options)
+    if "keep" in options:
+        options["keep"] = keep_mask(N)
+    if "sinks" in options:
+        options["sinks"] = torch.linspace(-1, 2, Hq)
+    queries = torch.rand(N, generator=torch.Generator().manual_seed(5)) > 0.8
+    with guarded_outputs():
+        mass = attention_mass(q, k, layout, queries=queries, impl="triton", **options)
+    _, p, _ = dense(*(x.double() for x in (q, k, v)), layout, **options)
+    torch.testing.assert_close(mass, p[:, queries].sum(1).float(), rtol=1e-5, atol=1e-6)
+
+
+def test_attention_mass_reads_chosen_queries_only():
+    layout = layouts()["long_prefix"]
+    N = layout.num_tokens
+    q, k, _ = (x.detach() for x in qkv(N, 2, 1, 16, torch.float32))
+    queries = torch.zeros(N, dtype=torch.bool)
+    queries[5] = True
+    clean = attention_mass(q, k, layout, queries=queries, impl="triton")
+    q[2 * BLOCK :] = math.nan
+    assert torch.equal(attention_mass(q, k, layout, queries=queries, impl="triton"), clean)
+
+
+# -- memory and offsets -------------------------------------------------------------------------------------------------------
+
+
+def test_launchers_allocate_results_and_row_terms_only():
+    """Run as plain functions: a recorder does not see inside operators. Kernels are stand-ins; sizes do not depend on them."""
+    layout = SharedPrefixLayout.from_lengths([64] * 64)
+    N, Hq, Hk, D = layout.num_tokens, 8, 1, 16
+    q, k, v = (x.detach() for x in qkv(N, Hq, Hk, D, torch.float32))
+    starts = (layout.segment_starts, layout.prefix_starts, layout.prefix_lens)
+    options = (1.0, None, None, [BLOCK, BLOCK, 1, 1])
+    rows, (keys, dependants) = query_tiles(layout, Hq, BLOCK), key_tiles(layout, BLOCK)
+    queries = torch.ones(N, dtype=torch.bool)
+    with mock.patch.object(op, "launch"), mock.patch.object(mass_op, "launch"), record_allocations() as sizes:
+        out, lse = op.forward(q, k, v, None, None, *starts, rows, *options)
+        denominator, delta, _ = op.row_terms(out, q, lse, None, None, Hk)
+        saved = (q, k, v, None, q, denominator, delta, *starts)
+        op.backward_q(*saved, rows, *options)
+        op.backward_kv(*saved, keys, dependants, *options, False)
+        split = list(sizes)
+        op.backward_kv(*saved, keys, dependants, *options, True)
+        mass_op.mass(q, k, queries, None, None, *starts, rows, keys, dependants, *options)
+    result, row = N * Hq * D, N * Hq
+    assert sorted(split) == sorted([result, row, row, row, 0, result, N * D, N * D, 0, 0])
+    assert max(sizes) == result, "the fused backward sums dq in one fp32 buffer of its size"
+
+
+def test_schedules_are_small():
+    layout = SharedPrefixLayout.from_lengths([64] * 64)
+    with record_allocations() as sizes:
+        query_tiles(layout, 8, BLOCK)
+        key_tiles(layout, BLOCK)
+    assert max(sizes) <= 5 * (layout.num_tokens * 8 // BLOCK + 65)
+
+
+def test_offsets_are_64_bit_where_strides_need_it():
+    """[N, H, D] views of meta tensors: heads far apart, as after a transpose of [H, N, D]."""
+    near = torch.empty(1 << 20, 8, 128, device="meta")
+    far = torch.empty(32, 1 << 20, 128, device="meta").transpose(0, 1)
+    assert not large_offsets(128, near)
+    assert large_offsets(128, far)
+    assert large_offsets(128, near, far)
+
+
+def test_forced_64_bit_offsets_change_nothing():
+    inputs = qkv(SMALL.num_tokens, 4, 2, 16, torch.float32)
+    results = []
+    for large in (False, True):
+        with mock.patch.object(op, "large_offsets", lambda *_, large=large: large):
+            out = pruned_attention(*inputs, SMALL, impl="triton")
+            results.append([out, *torch.autograd.grad(out.sum(), inputs)])
+    assert all(torch.equal(a, b) for a, b in zip(*results))
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_offsets_beyond_two_to_the_31(axis: int):
+    """Tokens or heads 2^31 elements apart, in storage that exists only where it is touched."""
+    layout = packed((3, [(2, 1)]))
+    N, D = layout.num_tokens, 16
+    apart = (1 << 31) + 16
+    q, k, v = (x.detach().half() for x in qkv(N, 2, 1, D, torch.float32))
+    stride = (apart, D, 1) if axis == 0 else (D, apart, 1)
+    storage = torch.empty(stride[0] * (N - 1) + stride[1] + D, dtype=torch.float16)
+    wide = storage.as_strided((N, 2, D), stride).copy_(q)
+    assert large_offsets(BLOCK, wide)
+    out = torch.empty(0)
+    with mock.patch.object(torch.Tensor, "contiguous", lambda self: pytest.fail("copied instead of addressed")):
+        out = pruned_attention(wide, k, v, layout, impl="triton")
+    assert torch.equal(out, pruned_attention(q, k, v, layout, impl="triton"))
+
+
+# -- operators and compilation ------------------------------------------------------------------------------------------------
+
+
+def test_opcheck():
+    q, k, v = (x.detach() for x in qkv(SMALL.num_tokens, 4, 2, 16, torch.float32))
+    starts = (SMALL.segment_starts, SMALL.prefix_starts, SMALL.prefix_lens)
+    rows, (keys, dependants) = query_tiles(SMALL, 2, BLOCK), key_tiles(SMALL, BLOCK)
+    options = (0.25, 7, 2.0, [BLOCK, BLOCK, 1, 1])
+    keep, sinks, dlse = keep_mask(len(q)), torch.zeros(4), torch.ones(4, len(q))
+    ops = torch.ops.leaf_kernels
+    forward = (q, k, v, keep, sinks, *starts, rows, *options)
+    out, lse = ops.pruned_attention(*forward)
+    terms = (out, q, lse, dlse, sinks, 2)
+    denominator, delta, _ = ops.pruned_attention_row_terms(*terms)
+    saved = (q, k, v, keep, q, denominator, delta, *starts)
+    for called, arguments in {
+        ops.pruned_attention.default: forward,
+        ops.pruned_attention_row_terms.default: terms,
+        ops.pruned_attention_backward_q.default: (*saved, rows, *options),
+        ops.pruned_attention_backward_kv.default: (*saved, keys, dependants, *options, True),
+        ops.attention_mass.default: (q, k, keep, keep, sinks, *starts, rows, keys, dependants, *options),
+    }.items():
+        torch.library.opcheck(called, arguments)
+
+
+def test_one_graph_for_20_layouts():
+    """Public functions, forward and backward, `fullgraph`; the compiled callable is the one that ran."""
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    def step(q, k, v, queries, layout):
+        out = pruned_attention(q, k, v, layout, impl="triton")
+        out = pruned_attention(q, k + out, v, layout, impl="triton", window=4)
+        return out, attention_mass(q, k, layout, queries=queries, impl="triton")
+
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(step, backend=counter, fullgraph=True, dynamic=True)
+    # Kernels are stand-ins that write zeros: what is counted here are graphs.
+    with mock.patch.object(op, "launch", zeros), mock.patch.object(mass_op, "launch", zeros):
+        for n in range(20):
+            layout = packed((5 + n, [(3, 2 + n % 4)] * (2 + n % 3)), tail=1 + n % 2)
+            inputs = qkv(layout.num_tokens, 2, 2, 16, torch.float32)
+            out, mass = compiled(*inputs, torch.ones(layout.num_tokens, dtype=torch.bool), layout)
+            gradients = torch.autograd.grad(out.sum(), inputs)
+            assert [g.shape for g in gradients] == [x.shape for x in inputs]
+            assert mass.shape == (2, layout.num_tokens)
+    assert counter.frame_count == 1
+
+
+def zeros(kernel, programs, *args, **constants):
+    for x in args:
+        if isinstance(x, torch.Tensor) and x.is_floating_point():
+            x.zero_()
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_compiled_equals_eager(deterministic: bool):
+    layout = layouts()["prefix"]
+    inputs = qkv(layout.num_tokens, 4, 2, 16, torch.float32)
+    queries = keep_mask(layout.num_tokens)
+
+    def step(q, k, v):
+        out, lse = pruned_attention(q, k, v, layout, impl="triton", return_lse=True, deterministic=deterministic)
+        return out.sum() + lse.sum(), attention_mass(q, k, layout, queries=queries, impl="triton")
+
+    compiled = torch.compile(step, backend="aot_eager", fullgraph=True)
+    for (loss, mass), (expected, expected_mass) in [(compiled(*inputs), step(*inputs))]:
+        torch.testing.assert_close(mass, expected_mass)
+        for a, b in zip(torch.autograd.grad(loss, inputs), torch.autograd.grad(expected, inputs)):
+            torch.testing.assert_close(a, b)
+
+
+def test_compile_keys_hold_no_length():
+    """Sizes that change from batch to batch are neither compile-time constants nor specialised on."""
+    from leaf_kernels.ops.attention_mass import kernels as mass_kernels
+    from leaf_kernels.ops.pruned_attention import kernels
+
+    seen = []
+
+    def record(kernel, programs, *args, **constants):
+        plain = {type(a) for a in constants.values()}
+        assert plain <= {int, bool, str}
+        seen.append((kernel, tuple(sorted(constants.items()))))
+
+    with mock.patch.object(op, "launch", record), mock.patch.object(mass_op, "launch", record):
+        for layout in (packed((5, [(3, 2)])), packed((300, [(30, 20), (17, 1)]))):
+            q, k, v = qkv(layout.num_tokens, 2, 1, 16, torch.float32)
+            pruned_attention(q, k, v, layout, impl="triton").sum().backward()
+            attention_mass(q, k, layout, queries=torch.ones(len(q), dtype=torch.bool), impl="triton")
+    half = len(seen) // 2
+    assert seen[:half] == seen[half:]
+    for kernel in (kernels.forward, kernels.backward_q, kernels.backward_kv, mass_kernels.denominators, mass_kernels.column_sums):
+        named = set(getattr(kernel, "do_not_specialize", None) or kernel.kwargs["do_not_specialize"])
+        assert named >= {"num_tokens", "num_segments"}
+
+
+# -- which implementation runs --------------------------------------------------------------------------------------------------
+
+
+def test_deterministic_algorithms_override(monkeypatch):
+    inputs = qkv(SMALL.num_tokens, 2, 1, 16, torch.float32)
+    fused = []
+    monkeypatch.setattr(op, "_backward_kv", lambda *args: fused.append(args[-1]) or op.backward_kv(*args))
+    for strict in (False, True):
+        torch.use_deterministic_algorithms(strict)
+        try:
+            pruned_attention(*inputs, SMALL, impl="triton", deterministic=False).sum().backward()
+        finally:
+            torch.use_deterministic_algorithms(False)
+    assert fused == [True, False]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [({"dtype": torch.float64}, "float16, bfloat16 or float32"), ({"D": 257}, "head sizes up to 256, not 257")],
+)
+def test_what_the_kernel_cannot_serve(change, message):
+    arguments = {"dtype": torch.float32, "D": 16, **change}
+    q, k, v = qkv(SMALL.num_tokens, 2, 1, arguments["D"], arguments["dtype"])
+    with pytest.raises(ValueError, match=message):
+        pruned_attention(q, k, v, SMALL, impl="triton")
+    pruned_attention(q, k, v, SMALL)
+
+
+def test_triton_outside_the_interpreter_needs_a_gpu(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET")
+    q, k, v = qkv(SMALL.num_tokens, 2, 1, 16, torch.float32)
+    with pytest.raises(ValueError, match="needs CUDA tensors, got 'cpu'; use impl='reference'"):
+        pruned_attention(q, k, v, SMALL, impl="triton")
+
+
+def test_auto_on_a_gpu_is_the_kernel(monkeypatch):
+    cuda = torch.device("cuda", 1)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(dispatch, "_warned", set())
+    for capability, expected in (((9, 0), "triton"), ((7, 5), "reference")):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, c=capability: c)
+        with pytest.warns(UserWarning) if expected == "reference" else mock.MagicMock():
+            assert dispatch.resolve_impl("pruned_attention", "auto", cuda) == expected
+    with pytest.warns(UserWarning, match="head sizes up to 256"):
+        assert dispatch.resolve_impl("pruned_attention", "auto", cuda, "head sizes up to 256") == "reference"
+
+
+def test_launches_happen_on_the_device_of_the_tensors():
+    """Triton launches on the current device: the guard must hold that of the tensors."""
+    tensor = mock.MagicMock(spec=torch.Tensor, device=torch.device("cuda", 1))
+    kernel, entered = mock.MagicMock(), []
+    with mock.patch.object(torch.cuda, "device", lambda d: entered.append(d) or mock.MagicMock()):
+        launch.launch(kernel, 3, tensor)
+        launch.launch(kernel, 0, tensor)
+    assert entered[0] == torch.device("cuda", 1)
+    assert kernel.__getitem__.call_count == 1, "nothing is launched for an empty grid"
+
+
+@pytest.mark.parametrize(
+    ("capability", "arch"),
+    [((8, 0), "sm_80"), ((8, 6), "small"), ((8, 9), "small"), ((9, 0), "sm_90"), ((10, 0), "sm_100"), ((12, 0), "small"), ((13, 0), "small")],
+)
+def test_unknown_gpus_get_the_smallest_configuration(monkeypatch, capability, arch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    assert launch.architecture(torch.device("cuda")) == arch
+
+
+# -- other libraries' kernels ----------------------------------------------------------------------------------------------------
+
+
+class OnCuda:
+    """A CPU tensor that says it is on a GPU, for code that only hands it on."""
+
+    @staticmethod
+    def of(*tensors: torch.Tensor) -> mock._patch:
+        return mock.patch.object(torch.Tensor, "device", property(lambda self: torch.device("cuda", 0)))
+
+
+PLAIN = SharedPrefixLayout.from_lengths([4, 0, 6])
+
+
+def vendor_call(monkeypatch, impl: str, **options):
+    """The call's keyword arguments as the library receives them; it returns q."""
+    calls = []
+
+    def torch_varlen(
+        query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1), enable_gqa=False
+    ):
+        calls.append({"starts": cu_seq_q.tolist(), "longest": max_q, "scale": scale, "window": window_size, "gqa": enable_gqa})
+        return query
+
+    def flash(q, k, v, cu_q, cu_k, max_q, max_k, *, softmax_scale, causal, window_size, softcap, deterministic):
+        calls.append({"starts": cu_q.tolist(), "longest": max_q, "scale": softmax_scale, "window": window_size})
+        calls[-1] |= {"causal": causal, "softcap": softcap, "deterministic": deterministic}
+        return q
+
+    monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", types.SimpleNamespace(varlen_attn=torch_varlen))
+    monkeypatch.setitem(sys.modules, "flash_attn", types.SimpleNamespace(flash_attn_varlen_func=flash))
+    layout = options.pop("layout", PLAIN)
+    dtype = options.pop("dtype", torch.bfloat16)
+    q, k, v = (x.detach() for x in qkv(layout.num_tokens, 4, 2, 16, dtype))
+    if options.pop("grad", False):
+        q.requires_grad_()
+    with mock.patch.object(torch.Tensor, "device", property(lambda self: torch.device("cuda", 0))):
+        out = pruned_attention(q, k, v, layout, impl=impl, **options)
+    assert out is q
+    return calls[0]
+
+
+def test_vendors_are_called_as_they_define_it(monkeypatch):
+    got = vendor_call(monkeypatch, "torch_varlen", scale=0.5, window=3)
+    assert got == {"starts": [0, 4, 4, 10], "longest": 6, "scale": 0.5, "window": (2, 0), "gqa": True}
+    assert vendor_call(monkeypatch, "torch_varlen")["window"] == (-1, 0)
+    got = vendor_call(monkeypatch, "flash_attn", softcap=30.0, deterministic=False)
+    assert got["causal"]
+    assert (got["window"], got["softcap"], got["deterministic"]) == ((-1, 0), 30.0, False)
+    assert vendor_call(monkeypatch, "flash_attn", grad=True)["deterministic"]
+
+
+@pytest.mark.parametrize("impl", ["torch_varlen", "flash_attn"])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"layout": packed((5, [(3, 2)]))}, "share prefixes"),
+        ({"layout": packed((5, []), tail=1)}, "belong to no segment"),
+        ({"keep": torch.ones(10, dtype=torch.bool)}, "keep"),
+        ({"sinks": torch.zeros(4)}, "sinks"),
+        ({"return_lse": True}, "return_lse"),
+        ({"dtype": torch.float32}, "float16 and bfloat16 only"),
+    ],
+)
+def test_vendors_refuse_what_they_cannot_express(monkeypatch, impl, options, message):
+    with pytest.raises(ValueError, match=f"impl='{impl}' does not serve .*{message}.*impl='triton'"):
+        vendor_call(monkeypatch, impl, **options)
+
+
+def test_torch_varlen_refuses_softcap_and_a_deterministic_backward(monkeypatch):
+    with pytest.raises(ValueError, match="softcap"):
+        vendor_call(monkeypatch, "torch_varlen", softcap=1.0)
+    with pytest.raises(ValueError, match="deterministic=False"):
+        vendor_call(monkeypatch, "torch_varlen", grad=True)
+    vendor_call(monkeypatch, "torch_varlen", grad=True, deterministic=False)
+
+
+def test_vendors_on_a_cpu_and_not_installed(monkeypatch):
+    q, k, v = (x.detach() for x in qkv(10, 4, 2, 16, torch.bfloat16))
+    with pytest.raises(ValueError, match="tensors on 'cpu'"):
+        pruned_attention(q, k, v, PLAIN, impl="flash_attn")
+    monkeypatch.setitem(sys.modules, "flash_attn", None)
+    with (
+        mock.patch.object(torch.Tensor, "device", property(lambda self: torch.device("cuda", 0))),
+        pytest.raises(ImportError, match=r"pip install 'leaf-kernels\[flash-attn\]'"),
+    ):
+        pruned_attention(q, k, v, PLAIN, impl="flash_attn")
+    with pytest.raises(ValueError, match="impl must be one of 'auto', 'triton', 'reference', got 'flash_attn'"):
+        attention_mass(q, k, PLAIN, queries=torch.ones(10, dtype=torch.bool), impl="flash_attn")
