@@ -49,7 +49,12 @@ def test_prefixes_are_as_long_as_possible(groups):
 @settings(max_examples=50, deadline=None)
 @given(groups_strategy, st.randoms())
 def test_lists_tuples_and_tensors_are_packed_alike(groups, rng):
-    kinds = [list, tuple, torch.tensor, lambda ids: torch.tensor([ids], dtype=torch.int32)]  # [1, n], as tokenizers give it
+    kinds = [
+        list,
+        tuple,
+        torch.tensor,
+        lambda ids: torch.tensor([ids], dtype=torch.int32),
+    ]  # [1, n], as tokenizers give it
     mixed = [[rng.choice(kinds)(ids) for ids in group] for group in groups]
     (layout, input_ids), (expected, expected_ids) = map(SharedPrefixLayout.from_groups, (mixed, groups))
     assert input_ids.dtype == torch.int64
