@@ -235,7 +235,7 @@ def shared_prefixes(
     """
     members = [_as_ids(member) for group in groups for member in group]
     ids = torch.cat(members) if members else torch.zeros(0, dtype=torch.int64)
-    lengths = torch.tensor([len(member) for member in members], dtype=torch.int64)
+    lengths = torch.tensor([member.numel() for member in members], dtype=torch.int64)
     sizes = torch.tensor([len(group) for group in groups], dtype=torch.int64)
     roots = (sizes.cumsum(0) - sizes).repeat_interleave(sizes)
     starts = lengths.cumsum(0) - lengths
