@@ -13,7 +13,7 @@ from leaf.data import Encoder, Row, Sample
 from leaf.graders import grade
 from leaf.pack import build_groups, sequences
 from leaf.prune import PruneConfig, delete, prune
-from leaf_kernels import SharedPrefixLayout
+from leaf_kernels import SharedPrefixLayout, pack_groups
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +45,8 @@ def check_and_report(rows: list[Row], scores: list[dict], config: PruneConfig, e
     packed = len(input_ids)
     assert packed < separate
     assert layout.num_segments == sum(map(len, members))
+    fill = packed / (8192 * len(pack_groups(members, 8192)))
+    assert fill >= 0.95 or len(rows) < 1000, "a pack that is half empty counts among few"
     print(  # noqa: T201 - shown by pytest -s
         f"\nGSM8K, {level} level: {len(rows)} rows, {len(counterfactuals)} spans in {len(members)} rows, "
         f"{separate} tokens apart, {packed} packed: {packed / separate:.2f}"
