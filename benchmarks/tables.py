@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "benchmarks" / "results" / "demo"
+RESULTS = ROOT / "benchmarks" / "results"
 TEST_SETS = ("in_distribution", "adversarial", "clean")
 NAMES = {
     "teacher": "teacher",
@@ -29,6 +29,8 @@ NAMES = {
     "leaf_paper": "LeaF, paper's preset",
     "oracle": "oracle",
 }
+PACKING_CASE = ("scores", "rows", "prompts pruned at", "counterfactuals per row")
+PACKERS = ("pack_groups", "sequential")
 
 
 def mean_sd(values: Sequence[float], sign: str = "") -> str:
@@ -103,9 +105,38 @@ def goal_row(goal: dict[str, Any]) -> list[str]:
     ]
 
 
+def packing_case(case: dict[str, Any]) -> list[str]:
+    level = "both levels" if case["level"] == "both" else f"{case['level']} level"
+    count = "one" if case["counterfactuals"] == "1" else "all"
+    return [case["scores"], f"{case['rows']:,}", level, count]
+
+
+def packing_ratio(results: dict[str, Any]) -> str:
+    rows = [
+        [
+            *packing_case(case),
+            *(f"{case[name]:,}" for name in ("sequences", "separate_tokens", "packed_tokens")),
+            f"**{case['ratio']:.2f}**",
+        ]
+        for case in results["cases"]
+    ]
+    return markdown([*PACKING_CASE, "sequences", "tokens apart", "packed", "ratio"], rows)
+
+
+def packing_fill(results: dict[str, Any]) -> str:
+    rows = [
+        [
+            *packing_case(case),
+            *(" / ".join(f"{b[name]['fill']:.1%}" for name in PACKERS) for b in case["budgets"].values()),
+        ]
+        for case in results["cases"]
+    ]
+    return markdown([*PACKING_CASE, *results["cases"][0]["budgets"]], rows)
+
+
 def documents() -> dict[Path, dict[str, str]]:
     """Text of every marker of every document."""
-    full, fast = load("full"), load("fast")
+    full, fast = load("demo/full"), load("demo/fast")
     caption = "Exact match, mean ± sd over {}, `leaf demo --preset {}`, on a CPU."
     blocks = {
         "demo-full": "\n\n".join([caption.format(seeds(full), "full"), arms(full)]),
@@ -113,18 +144,21 @@ def documents() -> dict[Path, dict[str, str]]:
         "demo-full-detection": detection(full),
         "demo-fast": "\n\n".join([caption.format(seeds(fast), "fast"), arms(fast), paired(fast)]),
     }
-    if (RESULTS / "fast_any_word.json").exists():
-        any_word = load("fast_any_word")
+    if (RESULTS / "demo" / "fast_any_word.json").exists():
+        any_word = load("demo/fast_any_word")
         blocks["demo-any-word"] = "\n\n".join(
             [
                 f"The same, {seeds(any_word)}, with a teacher whose training prompts may lack *any* word.",
                 paired(any_word),
             ]
         )
+    gsm8k = load("packing/gsm8k")
+    docs = ROOT / "docs"
     return {
         ROOT / "README.md": blocks,
-        ROOT / "docs" / "method-notes.md": blocks,
-        ROOT / "docs" / "gpu.md": {"gpu-attention": gpu_attention()},
+        docs / "method-notes.md": blocks,
+        docs / "packing.md": {"packing-ratio": packing_ratio(gsm8k), "packing-fill": packing_fill(gsm8k)},
+        docs / "gpu.md": {"gpu-attention": gpu_attention()},
     }
 
 

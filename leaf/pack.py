@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset, IterableDataset
 
-from leaf_kernels import SharedPrefixLayout
+from leaf_kernels import SharedPrefixLayout, pack_groups
 
 logger = logging.getLogger(__name__)
 
@@ -67,8 +67,15 @@ def build_groups(
     return [g for g in groups.values() if originals == "all" or g["counterfactuals"]]
 
 
+def sequences(group: Group) -> list[list[int]]:
+    """The token sequences of a group: its original, where it has one, then its counterfactuals."""
+    members = [group["original"]] if group["original"] else []
+    return [member["input_ids"] for member in [*members, *group["counterfactuals"]]]
+
+
 class Collator:
-    """Cuts the groups of a micro-batch into packs of at most `max_tokens` tokens; never changes what is in it.
+    """Puts the groups of a micro-batch into few packs of at most `max_tokens` tokens (`leaf_kernels.pack_groups`), in their
+    order within a pack; never changes what is in it.
 
     Returns `{"packs": [...]}`. A pack has the model's inputs (`input_ids`, `position_ids` [1, N], `layout`) and the losses'
     (all counted per packed row; the row that predicts a member's first own token may lie in the shared prefix):
@@ -90,42 +97,21 @@ class Collator:
         self.concat = concat
 
     def __call__(self, groups: Sequence[Group]) -> dict[str, list[Pack]]:
-        packs: list[Pack] = []
-        current: list[Group] = []
-        size = 0
-        for group in groups:
-            tokens = self._tokens(group)
-            if current and size + tokens > self.max_tokens:
-                packs.append(self._pack(current))
-                current, size = [], 0
-            current.append(group)
-            size += tokens
-        packs.append(self._pack(current))  # of a single idle token when a rank has no group left in a short last step
-        return {"packs": packs}
-
-    @staticmethod
-    def _tokens(group: Group) -> int:
-        """Tokens of the group in a pack: a shared prefix counts once."""
-        root, *others = [m["input_ids"] for m in (group["original"], *group["counterfactuals"]) if m]
-        shared = (
-            sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(root, m[:-1]))) for m in others
-        )
-        return len(root) + sum(map(len, others)) - sum(shared)
+        cut = pack_groups([sequences(group) for group in groups], self.max_tokens)
+        packs = [self._pack([groups[g] for g in pack]) for pack in cut]
+        return {"packs": packs or [self._pack([])]}  # one idle token when a rank has no group left in a short last step
 
     def _pack(self, groups: Sequence[Group]) -> Pack:
-        members, kinds, sequences = [], [], []
+        members = []
         for group in groups:
             share = 1.0 if self.concat else 1.0 / max(len(group["counterfactuals"]), 1)
-            chosen = [(group["original"], True, 1.0)] if group["original"] else []
-            chosen += [(c, False, share) for c in group["counterfactuals"]]
-            members += [m for m, *_ in chosen]
-            kinds += [kind for _, *kind in chosen]
-            sequences.append([m["input_ids"] for m, *_ in chosen])
-        layout, input_ids = SharedPrefixLayout.from_groups(sequences or [[[0]]])
+            members += [(group["original"], True, 1.0)] if group["original"] else []
+            members += [(c, False, share) for c in group["counterfactuals"]]
+        layout, input_ids = SharedPrefixLayout.from_groups([sequences(group) for group in groups] or [[[0]]])
 
         none = torch.empty(0, dtype=torch.int64)
         rows, labels, original, weights = [none], [none], [none.bool()], [none.float()]
-        for m, (member, (kind, share)) in enumerate(zip(members, kinds)):
+        for m, (member, kind, share) in enumerate(members):
             start = member["response_start"]
             ids = torch.as_tensor(member["input_ids"])
             if not 0 < start < len(ids):

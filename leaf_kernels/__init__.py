@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .ops.token_scores.api import flag_tokens as flag_tokens
     from .ops.token_scores.api import flagged_spans as flagged_spans
     from .ops.token_scores.api import token_scores as token_scores
+    from .packing import pack_groups as pack_groups
     from .types import FlaggedSpans as FlaggedSpans
     from .types import Impl as Impl
     from .types import LinearCrossEntropyOutput as LinearCrossEntropyOutput
@@ -37,6 +38,7 @@ _HOME = {
     "flagged_spans": ".ops.token_scores.api",
     "linear_cross_entropy": ".ops.linear_kl.api",
     "linear_kl": ".ops.linear_kl.api",
+    "pack_groups": ".packing",
     "pruned_attention": ".ops.pruned_attention.api",
     "token_scores": ".ops.token_scores.api",
 }

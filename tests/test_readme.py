@@ -5,10 +5,12 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
 
 
 def test_python_blocks_run(tmp_path, monkeypatch):
@@ -37,6 +39,13 @@ def test_python_blocks_run(tmp_path, monkeypatch):
     assert names["counterfactual"].shape == (5, 16)
 
 
+def test_python_block_of_docs_packing_runs():
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "packing.md").read_text(), re.DOTALL)
+    names: dict[str, object] = {}
+    exec(compile(block, "docs/packing.md", "exec"), names)
+    assert names["input_ids"].tolist() == [1, 9, 9, 2, 3, 2], "9 and 3 tokens fill the first pack, 6 are left"
+
+
 def test_commands_and_options_exist():
     from leaf.cli import main
 
@@ -45,16 +54,20 @@ def test_commands_and_options_exist():
         assert command in main.__globals__["STAGE_COMMANDS"] or command in ("demo", "doctor", "export"), line
 
 
-def test_links_lead_somewhere():
-    for target in re.findall(r"(?:\]\(|src=\")([^)#:\"]+)[)\"]", README):
-        assert (Path(__file__).parents[1] / target).exists(), target
+@pytest.mark.parametrize("document", ["README.md", "docs/packing.md"])
+def test_links_lead_somewhere(document):
+    path = ROOT / document
+    for target in re.findall(r"(?:\]\(|src=\")([^)#:\"]+)[)\"]", path.read_text()):
+        assert (path.parent / target).exists(), target
 
 
 def test_numbers_are_those_of_the_committed_results():
     import runpy
 
-    tables = runpy.run_path(str(Path(__file__).parents[1] / "benchmarks" / "tables.py"))
+    tables = runpy.run_path(str(ROOT / "benchmarks" / "tables.py"))
     for path, blocks in tables["documents"]().items():
         text = path.read_text()
         assert tables["filled"](text, blocks) == text, f"{path.name}: run python benchmarks/tables.py"
-        assert any(f"<!-- {name} -->" in text for name in blocks), path.name
+        markers = set(re.findall(r"<!-- ([\w-]+) -->", text))
+        assert markers, f"{path.name} has no marker"
+        assert markers <= blocks.keys(), f"{path.name}: benchmarks/tables.py knows nothing of some markers"

@@ -24,7 +24,9 @@ def pairwise(**factors: Sequence[Any]) -> list[dict[str, Any]]:
         for turn, name in enumerate(n for n in names if n not in chosen):
 
             def gain(value: int, name: str = name) -> int:
-                met = {(c, k, name, value) for c, k in chosen.items()} | {(name, value, c, k) for c, k in chosen.items()}
+                met = {(c, k, name, value) for c, k in chosen.items()} | {
+                    (name, value, c, k) for c, k in chosen.items()
+                }
                 return len(met & missing)
 
             options = len(factors[name])

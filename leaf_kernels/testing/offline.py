@@ -43,7 +43,9 @@ def compile_offline(arch: str) -> Iterator[list[Compiled]]:
     if arch not in CAPABILITY:
         raise ValueError(f"compile_offline: arch must be one of {', '.join(CAPABILITY)}, got {arch!r}")
     if triton.knobs.runtime.interpret:
-        raise RuntimeError("compile_offline: Triton runs in its interpreter here; start the process without TRITON_INTERPRET=1")
+        raise RuntimeError(
+            "compile_offline: Triton runs in its interpreter here; start the process without TRITON_INTERPRET=1"
+        )
     compiled: list[Compiled] = []
     seen: set[int] = set()
 

@@ -482,7 +482,13 @@ def test_compile_keys_hold_no_length():
             attention_mass(q, k, layout, queries=torch.ones(len(q), dtype=torch.bool), impl="triton")
     half = len(seen) // 2
     assert seen[:half] == seen[half:]
-    for kernel in (kernels.forward, kernels.backward_q, kernels.backward_kv, mass_kernels.denominators, mass_kernels.column_sums):
+    for kernel in (
+        kernels.forward,
+        kernels.backward_q,
+        kernels.backward_kv,
+        mass_kernels.denominators,
+        mass_kernels.column_sums,
+    ):
         named = set(getattr(kernel, "do_not_specialize", None) or kernel.kwargs["do_not_specialize"])
         assert named >= {"num_tokens", "num_segments"}
 
@@ -547,7 +553,15 @@ def test_launches_happen_on_the_device_of_the_tensors():
 
 @pytest.mark.parametrize(
     ("capability", "arch"),
-    [((8, 0), "sm_80"), ((8, 6), "small"), ((8, 9), "small"), ((9, 0), "sm_90"), ((10, 0), "sm_100"), ((12, 0), "small"), ((13, 0), "small")],
+    [
+        ((8, 0), "sm_80"),
+        ((8, 6), "small"),
+        ((8, 9), "small"),
+        ((9, 0), "sm_90"),
+        ((10, 0), "sm_100"),
+        ((12, 0), "small"),
+        ((13, 0), "small"),
+    ],
 )
 def test_unknown_gpus_get_the_smallest_configuration(monkeypatch, capability, arch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
@@ -575,7 +589,9 @@ def vendor_call(monkeypatch, impl: str, **options):
     def torch_varlen(
         query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1), enable_gqa=False
     ):
-        calls.append({"starts": cu_seq_q.tolist(), "longest": max_q, "scale": scale, "window": window_size, "gqa": enable_gqa})
+        calls.append(
+            {"starts": cu_seq_q.tolist(), "longest": max_q, "scale": scale, "window": window_size, "gqa": enable_gqa}
+        )
         return query
 
     def flash(q, k, v, cu_q, cu_k, max_q, max_k, *, softmax_scale, causal, window_size, softcap, deterministic):

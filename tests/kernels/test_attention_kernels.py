@@ -6,7 +6,7 @@ import pytest
 import torch
 from attention import dense, keep_mask, layouts, qkv
 
-from leaf_kernels import attention_mass, pruned_attention
+from leaf_kernels import pruned_attention
 from leaf_kernels.testing import assert_close_to_fp64, guarded_outputs, pairwise
 
 HEADS = {"1": (2, 2), "3": (3, 1), "4": (8, 2), "6": (6, 1), "7": (7, 1), "8": (8, 1), "mqa": (18, 1)}  # 18 > BLOCK

@@ -46,6 +46,21 @@ def test_prefixes_are_as_long_as_possible(groups):
             assert next(lengths) == common
 
 
+@settings(max_examples=50, deadline=None)
+@given(groups_strategy, st.randoms())
+def test_lists_tuples_and_tensors_are_packed_alike(groups, rng):
+    kinds = [
+        list,
+        tuple,
+        torch.tensor,
+        lambda ids: torch.tensor([ids], dtype=torch.int32),
+    ]  # [1, n], as tokenizers give it
+    mixed = [[rng.choice(kinds)(ids) for ids in group] for group in groups]
+    (layout, input_ids), (expected, expected_ids) = map(SharedPrefixLayout.from_groups, (mixed, groups))
+    assert input_ids.dtype == torch.int64
+    assert (layout.spans(), input_ids.tolist()) == (expected.spans(), expected_ids.tolist())
+
+
 def test_equal_member_keeps_its_last_token():
     layout, ids = SharedPrefixLayout.from_groups([[[5, 6, 7], [5, 6, 7], [5, 6]]])
     assert layout.prefix_lens.tolist() == [0, 2, 1]

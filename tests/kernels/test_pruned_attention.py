@@ -263,7 +263,11 @@ def test_autocast_decides_the_dtype():
         ({"window": 0}, ValueError, "window must be at least 1"),
         ({"softcap": 0.0}, ValueError, "softcap must be positive"),
         ({"sinks": torch.zeros(2)}, ValueError, "sinks must have shape"),
-        ({"impl": "fast"}, ValueError, "impl must be one of 'auto', 'triton', 'reference', 'torch_varlen', .*, got 'fast'"),
+        (
+            {"impl": "fast"},
+            ValueError,
+            "impl must be one of 'auto', 'triton', 'reference', 'torch_varlen', .*, got 'fast'",
+        ),
     ],
 )
 def test_errors_name_the_argument(change, error, message):

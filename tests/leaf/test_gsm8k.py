@@ -2,45 +2,29 @@
 
 from __future__ import annotations
 
-import json
 import pathlib
-from typing import Any
 
+import gsm8k
 import pytest
-import tiny
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from leaf.data import Encoder, Row, Sample, read_rows
+from leaf.data import Encoder, Row, Sample
 from leaf.graders import grade
-from leaf.pack import build_groups
+from leaf.pack import build_groups, sequences
 from leaf.prune import PruneConfig, delete, prune
-from leaf.score import score_samples
-from leaf_kernels import SharedPrefixLayout
-
-TEMPLATE = "{question}\nPlease reason step by step, and put your final answer within \\boxed{}."
+from leaf_kernels import SharedPrefixLayout, pack_groups
 
 
 @pytest.fixture(scope="module")
 def tokenizer(test_data: pathlib.Path) -> PreTrainedTokenizerFast:
-    """Byte-level BPE of 4000 tokens trained on a third of the training rows."""
-    lines = (test_data / "gsm8k" / "train.jsonl").read_text(encoding="utf-8").splitlines()[::3]
-    records = map(json.loads, lines)
-    return tiny.tokenizer(corpus=[record[field] for record in records for field in record], vocab_size=4000)
+    return gsm8k.tokenizer(test_data)
 
 
 def read(test_data: pathlib.Path) -> list[Row]:
-    path = test_data / "gsm8k" / "test.jsonl"
-    rows = list(read_rows(path, prompt_template=TEMPLATE, response_column="answer"))
+    rows = gsm8k.rows(test_data, "test")
     assert len(rows) == 1319
-    assert all(isinstance(row, Row) for row in rows)
-    return rows  # type: ignore[return-value]
-
-
-def random_scores(sample: Sample, generator: torch.Generator) -> dict[str, Any]:
-    score = torch.rand(len(sample.scored), generator=generator).tolist()
-    row = {**sample.__dict__, "status": "ok", "reason": None, "student_nll": None}
-    return {**row, "score": [value if s else None for value, s in zip(score, sample.scored)]}
+    return rows
 
 
 def check_and_report(rows: list[Row], scores: list[dict], config: PruneConfig, encoder: Encoder, level: str) -> None:
@@ -52,19 +36,17 @@ def check_and_report(rows: list[Row], scores: list[dict], config: PruneConfig, e
         prompt = source["text"][: source["prompt_chars"]]
         assert row["prompt"] == delete(prompt, row["removed"]) != prompt
         assert row["response"] == source["text"][source["prompt_chars"] :]
-        assert TEMPLATE.removeprefix("{question}") in row["prompt"]  # the literal is never pruned
+        assert gsm8k.TEMPLATE.removeprefix("{question}") in row["prompt"]  # the literal is never pruned
     groups = build_groups(scores, counterfactuals, encoder.encode_text)
     assert [g["id"] for g in groups] == [row.id for row in rows]
-    members = [
-        [g["original"]["input_ids"], *(c["input_ids"] for c in g["counterfactuals"])]
-        for g in groups
-        if g["counterfactuals"]
-    ]
+    members = [sequences(g) for g in groups if g["counterfactuals"]]
     separate = sum(len(ids) for group in members for ids in group)
     layout, input_ids = SharedPrefixLayout.from_groups(members)
     packed = len(input_ids)
     assert packed < separate
     assert layout.num_segments == sum(map(len, members))
+    fill = packed / (8192 * len(pack_groups(members, 8192)))
+    assert fill >= 0.95 or len(rows) < 1000, "a pack that is half empty counts among few"
     print(  # noqa: T201 - shown by pytest -s
         f"\nGSM8K, {level} level: {len(rows)} rows, {len(counterfactuals)} spans in {len(members)} rows, "
         f"{separate} tokens apart, {packed} packed: {packed / separate:.2f}"
@@ -80,7 +62,7 @@ def test_prune_and_pack_every_row(test_data: pathlib.Path, tokenizer: PreTrained
         assert tokenizer.decode(sample.input_ids) == sample.text
         scored = {c for (a, b), s in zip(sample.offsets, sample.scored) if s for c in range(a, b)}
         assert "".join(sample.text[c] for c in sorted(scored)).split() == row.record["question"].split()
-    scores = [random_scores(sample, generator) for (sample,) in samples]
+    scores = [gsm8k.random_scores(sample, generator) for (sample,) in samples]
     check_and_report(rows, scores, PruneConfig(), encoder, "instruction")
 
 
@@ -89,7 +71,7 @@ def test_response_level_of_every_row(test_data: pathlib.Path, tokenizer: PreTrai
     generator = torch.Generator().manual_seed(0)
     samples = [encoder.encode(row, level="response") for row in rows]
     assert all(isinstance(s, Sample) and s.cut == 1 for one in samples for s in one)  # every answer has a second line
-    check_and_report(rows, [random_scores(s, generator) for (s,) in samples], PruneConfig(), encoder, "response")  # type: ignore[arg-type]
+    check_and_report(rows, [gsm8k.random_scores(s, generator) for (s,) in samples], PruneConfig(), encoder, "response")  # type: ignore[arg-type]
 
 
 def test_every_reference_grades_itself(test_data: pathlib.Path) -> None:
@@ -101,14 +83,7 @@ def test_every_reference_grades_itself(test_data: pathlib.Path) -> None:
 def score_and_check(rows: list[Row], tokenizer: PreTrainedTokenizerFast) -> None:
     encoder = Encoder(tokenizer)
     samples = [sample for row in rows for sample in encoder.encode(row)]
-    scores = list(
-        score_samples(
-            samples,
-            lambda: tiny.model(tokenizer, hidden=32, seed=0),
-            lambda: tiny.model(tokenizer, hidden=16, layers=1, seed=1),
-            max_tokens=4096,
-        )
-    )
+    scores = gsm8k.model_scores(samples, tokenizer)
     assert [row["status"] for row in scores] == ["ok"] * len(rows)
     check_and_report(rows, scores, PruneConfig(), encoder, "instruction")
 

@@ -81,6 +81,25 @@ def test_tables_of_different_runs_are_refused():
         build_groups(scores, counterfactuals, encoder.encode_text)
 
 
+def test_packs_hold_whole_groups_in_their_order():
+    """Sizes 6, 5, 4, 5 once prefixes are shared: a cut in sequence would need three packs of ten."""
+
+    def group(i: int, response: int, counterfactuals: int = 0) -> dict[str, Any]:
+        member = {"input_ids": [10 * i, 10 * i + 1, *range(50, 50 + response)], "response_start": 2}
+        return {"id": str(i), "original": member, "counterfactuals": [member] * counterfactuals}
+
+    groups = [group(1, 2, 2), group(2, 3), group(3, 2), group(4, 3)]
+    packs = Collator(10)(groups)["packs"]
+    assert [pack["input_ids"].tolist() for pack in packs] == [
+        [[10, 11, 50, 51, 51, 51, 30, 31, 50, 51]],
+        [[20, 21, 50, 51, 52, 40, 41, 50, 51, 52]],
+    ]
+    assert [len(pack["labels"]) for pack in packs] == [3 * 2 + 2, 3 + 3]
+    assert [pack["layout"].num_tokens for pack in Collator(5)(groups)["packs"]] == [6, 5, 4, 5], "too large: alone"
+    (idle,) = Collator(10)([])["packs"]
+    assert (idle["layout"].num_tokens, len(idle["labels"])) == (1, 0)
+
+
 def test_a_target_must_follow():
     group = {"id": "0", "original": {"input_ids": [1, 2], "response_start": 2}, "counterfactuals": []}
     with pytest.raises(ValueError, match=r"response_start must lie in \[1, 2\)"):

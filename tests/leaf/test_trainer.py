@@ -14,7 +14,6 @@ from torch.utils.data import IterableDataset
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, TrainerCallback
 
 from leaf.objective import head_of
-from leaf.pack import Collator
 from leaf.trainer import LeafArguments, LeafTrainer, NonFiniteLoss
 
 VOCAB = 24
@@ -396,17 +395,3 @@ def test_head_post_processing_is_honoured(changes, named):
 def test_bad_arguments_are_named(overrides, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         arguments(tmp_path, **overrides)
-
-
-def test_packs_hold_as_many_whole_groups_as_fit():
-    batch = groups()
-    sizes = [Collator._tokens(g) for g in batch]
-    for max_tokens in (1, 20, 45, 1000):
-        packs = Collator(max_tokens)(batch)["packs"]
-        expected: list[int] = []
-        for size in sizes:
-            if expected and expected[-1] + size <= max_tokens:
-                expected[-1] += size
-            else:
-                expected.append(size)
-        assert [pack["layout"].num_tokens for pack in packs] == expected

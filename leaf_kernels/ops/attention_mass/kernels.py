@@ -30,7 +30,9 @@ def denominator_block(
     k_tile = load_rows(k + key.to(tl.int64) * k_stride_n, n * k_stride_n, exists, HEAD_DIM, BLOCK_D)
     z, _ = capped(tl.dot(q, tl.trans(k_tile), input_precision="ieee"), scale, softcap, HAS_SOFTCAP)
     if IS_EDGE or HAS_KEEP:
-        see = visible(query_position[:, None], (key_position + n)[None, :], exists[None, :], window, HAS_WINDOW, IS_EDGE)
+        see = visible(
+            query_position[:, None], (key_position + n)[None, :], exists[None, :], window, HAS_WINDOW, IS_EDGE
+        )
         z = tl.where(see, z, float("-inf"))
     new_pivot = tl.maximum(pivot, tl.max(z, 1))
     return new_pivot, total * tl.exp2(pivot - new_pivot) + tl.sum(tl.exp2(z - new_pivot[:, None]), 1)
@@ -64,7 +66,9 @@ def denominators(
     last = (first_row + BLOCK_M - 1) // GROUP
     position = prefix_len + offset
     q_base = q + (start + first).to(tl.int64) * q_stride_n + kv_head * GROUP * q_stride_h
-    q_tile = load_rows(q_base, row_offsets(offset - first, head, q_stride_n, q_stride_h, LARGE), exists, HEAD_DIM, BLOCK_D)
+    q_tile = load_rows(
+        q_base, row_offsets(offset - first, head, q_stride_n, q_stride_h, LARGE), exists, HEAD_DIM, BLOCK_D
+    )
     k += kv_head * k_stride_h
 
     pivot = tl.full([BLOCK_M], NO_KEY, tl.float32)
@@ -84,7 +88,19 @@ def denominators(
     prefix_edges = p_whole - p_begin + p_end - p_whole_end
     for b in range(0, prefix_edges + o_whole - o_begin + o_end - o_whole_end):
         key, key_position, count = edge_block(
-            b, p_begin, p_whole, p_whole_end, prefix_edges, o_begin, o_whole, o_whole_end, start, own_len, prefix_start, prefix_len, BLOCK_N
+            b,
+            p_begin,
+            p_whole,
+            p_whole_end,
+            prefix_edges,
+            o_begin,
+            o_whole,
+            o_whole_end,
+            start,
+            own_len,
+            prefix_start,
+            prefix_len,
+            BLOCK_N,
         )
         pivot, total = denominator_block(
             pivot, total, q_tile, position, k, keep, key, key_position, count, k_stride_n, scale, softcap, window,
@@ -151,7 +167,9 @@ def column_sums(
     kept = exists
     if HAS_KEEP:
         kept = exists & (tl.load(keep + key + n, mask=exists, other=0) != 0)
-    k_tile = load_rows(k + key.to(tl.int64) * k_stride_n + kv_head * k_stride_h, n * k_stride_n, kept, HEAD_DIM, BLOCK_D)
+    k_tile = load_rows(
+        k + key.to(tl.int64) * k_stride_n + kv_head * k_stride_h, n * k_stride_n, kept, HEAD_DIM, BLOCK_D
+    )
     q += head * q_stride_h
     denominator += kv_head * num_tokens * GROUP + head % GROUP
 
@@ -159,7 +177,9 @@ def column_sums(
     for reader in range(begin - 1, reaching):
         own = reader < begin
         other = tl.where(own, segment, tl.load(dependants + reader, mask=reader >= begin, other=0))
-        o_start, o_len, _, o_prefix = segment_of(other, segment_starts, prefix_starts, prefix_lens, num_segments, num_tokens)
+        o_start, o_len, _, o_prefix = segment_of(
+            other, segment_starts, prefix_starts, prefix_lens, num_segments, num_tokens
+        )
         base = tl.where(own, 0, o_prefix)
         limit = tl.where(own, 2147483647, o_prefix - 1)
         end = tl.where(segment < num_segments, o_len, 0)

@@ -82,7 +82,9 @@ def pruned_attention(
 
     choice = resolve_impl(_OP, impl, q.device, obstacle(q))
     if choice in VENDOR_IMPLS[_OP]:
-        return pruned_attention_vendor(choice, q, k, v, layout, keep, scale, window, softcap, sinks, return_lse, deterministic)
+        return pruned_attention_vendor(
+            choice, q, k, v, layout, keep, scale, window, softcap, sinks, return_lse, deterministic
+        )
     if choice is Impl.TRITON:
         out, lse = pruned_attention_triton(q, k, v, layout, keep, scale, window, softcap, sinks, deterministic)
         return (out, lse) if return_lse else out

@@ -54,7 +54,9 @@ def segment_of(segment, segment_starts, prefix_starts, prefix_lens, num_segments
 def flat_rows(first, length, GROUP: tl.constexpr, BLOCK: tl.constexpr):
     """(offset, head of the group, exists) of the flat rows first .. first + BLOCK of a segment."""
     row = tl.arange(0, BLOCK)
-    if BLOCK % GROUP != 0:  # else a tile begins with the first head of a position, and nothing here changes from tile to tile
+    if (
+        BLOCK % GROUP != 0
+    ):  # else a tile begins with the first head of a position, and nothing here changes from tile to tile
         row += first % GROUP
     offset = first // GROUP + row // GROUP
     return offset, row % GROUP, offset < length
@@ -116,14 +118,31 @@ def key_blocks(first, last, own_len, prefix_len, real, window, HAS_WINDOW: tl.co
         prefix_len, prefix_len, prefix_len + first - window + 1, prefix_len + last - window + 1, HAS_WINDOW, BLOCK_N
     )
     o_begin, o_whole, o_whole_end, o_end = block_range(
-        tl.where(real, tl.minimum(last + 1, own_len), 0), tl.where(real, first + 1, 0), first - window + 1, last - window + 1, HAS_WINDOW, BLOCK_N
+        tl.where(real, tl.minimum(last + 1, own_len), 0),
+        tl.where(real, first + 1, 0),
+        first - window + 1,
+        last - window + 1,
+        HAS_WINDOW,
+        BLOCK_N,
     )
     return p_begin, p_whole, p_whole_end, p_end, o_begin, o_whole, o_whole_end, o_end
 
 
 @triton.jit
 def edge_block(
-    b, p_begin, p_whole, p_whole_end, p_edges, o_begin, o_whole, o_whole_end, start, own_len, prefix_start, prefix_len, BLOCK_N: tl.constexpr
+    b,
+    p_begin,
+    p_whole,
+    p_whole_end,
+    p_edges,
+    o_begin,
+    o_whole,
+    o_whole_end,
+    start,
+    own_len,
+    prefix_start,
+    prefix_len,
+    BLOCK_N: tl.constexpr,
 ):
     """Edge number b: (pack index of its first key, that key's position, number of keys that exist from there on)."""
     in_prefix = b < p_edges
@@ -169,11 +188,15 @@ def forward_block(
     """One block of keys of the online softmax: acc [BLOCK_M, BLOCK_D], pivot and total [BLOCK_M]."""
     n = tl.arange(0, BLOCK_N)
     exists = key_exists(keep, key, count, HAS_KEEP, IS_EDGE, BLOCK_N)
-    k_tile = load_rows(k + key.to(tl.int64) * k_stride_n, n * k_stride_n, exists, HEAD_DIM, BLOCK_D)  # [BLOCK_N, BLOCK_D]
+    k_tile = load_rows(
+        k + key.to(tl.int64) * k_stride_n, n * k_stride_n, exists, HEAD_DIM, BLOCK_D
+    )  # [BLOCK_N, BLOCK_D]
     dot = tl.dot(q, tl.trans(k_tile), input_precision="ieee")
     z, _ = capped(dot, scale, softcap, HAS_SOFTCAP)  # [BLOCK_M, BLOCK_N]
     if IS_EDGE or HAS_KEEP:
-        see = visible(query_position[:, None], (key_position + n)[None, :], exists[None, :], window, HAS_WINDOW, IS_EDGE)
+        see = visible(
+            query_position[:, None], (key_position + n)[None, :], exists[None, :], window, HAS_WINDOW, IS_EDGE
+        )
         z = tl.where(see, z, float("-inf"))
     new_pivot = tl.maximum(pivot, tl.max(z, 1))
     p = tl.exp2(z - new_pivot[:, None])
@@ -232,7 +255,19 @@ def forward(
     prefix_edges = p_whole - p_begin + p_end - p_whole_end
     for b in range(0, prefix_edges + o_whole - o_begin + o_end - o_whole_end):
         key, key_position, count = edge_block(
-            b, p_begin, p_whole, p_whole_end, prefix_edges, o_begin, o_whole, o_whole_end, start, own_len, prefix_start, prefix_len, BLOCK_N
+            b,
+            p_begin,
+            p_whole,
+            p_whole_end,
+            prefix_edges,
+            o_begin,
+            o_whole,
+            o_whole_end,
+            start,
+            own_len,
+            prefix_start,
+            prefix_len,
+            BLOCK_N,
         )
         acc, pivot, total = forward_block(
             acc, pivot, total, q_tile, position, k, v, keep, key, key_position, count, k_stride_n, v_stride_n, scale, softcap, window,
@@ -305,7 +340,9 @@ def backward_q_block(
     z, slope = capped(tl.dot(q, tl.trans(k_tile), input_precision="ieee"), scale, softcap, HAS_SOFTCAP)
     p = tl.exp2(z - denominator[:, None])  # [BLOCK_M, BLOCK_N]
     if IS_EDGE or HAS_KEEP:
-        see = visible(query_position[:, None], (key_position + n)[None, :], exists[None, :], window, HAS_WINDOW, IS_EDGE)
+        see = visible(
+            query_position[:, None], (key_position + n)[None, :], exists[None, :], window, HAS_WINDOW, IS_EDGE
+        )
         p = tl.where(see, p, 0.0)
     dp = tl.dot(dout, tl.trans(v_tile), input_precision="ieee")
     dz = p * (dp - delta[:, None]) * slope
@@ -338,7 +375,9 @@ def backward_q(
     position = prefix_len + offset
 
     q_base = q + (start + first).to(tl.int64) * q_stride_n + kv_head * GROUP * q_stride_h
-    q_tile = load_rows(q_base, row_offsets(offset - first, head, q_stride_n, q_stride_h, LARGE), exists, HEAD_DIM, BLOCK_D)
+    q_tile = load_rows(
+        q_base, row_offsets(offset - first, head, q_stride_n, q_stride_h, LARGE), exists, HEAD_DIM, BLOCK_D
+    )
     do_base = dout + (start + first).to(tl.int64) * dout_stride_n + kv_head * GROUP * dout_stride_h
     do_rows = row_offsets(offset - first, head, dout_stride_n, dout_stride_h, LARGE)
     do_tile = load_rows(do_base, do_rows, exists, HEAD_DIM, BLOCK_D)
@@ -365,7 +404,19 @@ def backward_q(
     prefix_edges = p_whole - p_begin + p_end - p_whole_end
     for b in range(0, prefix_edges + o_whole - o_begin + o_end - o_whole_end):
         key, key_position, count = edge_block(
-            b, p_begin, p_whole, p_whole_end, prefix_edges, o_begin, o_whole, o_whole_end, start, own_len, prefix_start, prefix_len, BLOCK_N
+            b,
+            p_begin,
+            p_whole,
+            p_whole_end,
+            prefix_edges,
+            o_begin,
+            o_whole,
+            o_whole_end,
+            start,
+            own_len,
+            prefix_start,
+            prefix_len,
+            BLOCK_N,
         )
         acc = backward_q_block(
             acc, q_tile, do_tile, denominator_row, delta_row, position, k, v, keep, key, key_position, count, k_stride_n, v_stride_n,
@@ -373,7 +424,9 @@ def backward_q(
             HEAD_DIM, HAS_KEEP, HAS_WINDOW, HAS_SOFTCAP, True, BLOCK_N, BLOCK_D,
         )  # fmt: skip
     row = (start + offset).to(tl.int64)
-    store_rows(dq, (row * KEY_HEADS * GROUP + kv_head * GROUP + head) * HEAD_DIM, acc * factor, exists, HEAD_DIM, BLOCK_D)
+    store_rows(
+        dq, (row * KEY_HEADS * GROUP + kv_head * GROUP + head) * HEAD_DIM, acc * factor, exists, HEAD_DIM, BLOCK_D
+    )
 
 
 @triton.jit
@@ -388,7 +441,9 @@ def backward_kv_block(
     offset, head, exists = flat_rows(first_row, end_offset, GROUP, BLOCK_M)
     first = first_row // GROUP
     q_base = q + (start + first).to(tl.int64) * q_stride_n + kv_head * GROUP * q_stride_h
-    q_tile = load_rows(q_base, row_offsets(offset - first, head, q_stride_n, q_stride_h, LARGE), exists, HEAD_DIM, BLOCK_D)
+    q_tile = load_rows(
+        q_base, row_offsets(offset - first, head, q_stride_n, q_stride_h, LARGE), exists, HEAD_DIM, BLOCK_D
+    )
     flat = (kv_head * num_tokens + start) * GROUP + first_row + tl.arange(0, BLOCK_M)
     denominator_row = tl.load(denominator + flat, mask=exists, other=float("inf"))
     z, slope = capped(tl.dot(k, tl.trans(q_tile), input_precision="ieee"), scale, softcap, HAS_SOFTCAP)
@@ -455,8 +510,12 @@ def backward_kv(
     kept = exists
     if HAS_KEEP:
         kept = exists & (tl.load(keep + key + n, mask=exists, other=0) != 0)
-    k_tile = load_rows(k + key.to(tl.int64) * k_stride_n + kv_head * k_stride_h, n * k_stride_n, kept, HEAD_DIM, BLOCK_D)
-    v_tile = load_rows(v + key.to(tl.int64) * v_stride_n + kv_head * v_stride_h, n * v_stride_n, kept, HEAD_DIM, BLOCK_D)
+    k_tile = load_rows(
+        k + key.to(tl.int64) * k_stride_n + kv_head * k_stride_h, n * k_stride_n, kept, HEAD_DIM, BLOCK_D
+    )
+    v_tile = load_rows(
+        v + key.to(tl.int64) * v_stride_n + kv_head * v_stride_h, n * v_stride_n, kept, HEAD_DIM, BLOCK_D
+    )
     dk_acc = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv_acc = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
 
@@ -467,7 +526,9 @@ def backward_kv(
     for reader in range(begin - 1, covering):
         own = reader < begin
         other = tl.where(own, segment, tl.load(dependants + reader, mask=reader >= begin, other=0))
-        o_start, o_len, _, o_prefix = segment_of(other, segment_starts, prefix_starts, prefix_lens, num_segments, num_tokens)
+        o_start, o_len, _, o_prefix = segment_of(
+            other, segment_starts, prefix_starts, prefix_lens, num_segments, num_tokens
+        )
         base = tl.where(own, 0, o_prefix)
         end = tl.where(real, o_len, 0)
         if HAS_WINDOW:
@@ -484,7 +545,9 @@ def backward_kv(
     for reader in range(edge_begin - 2 if HAS_WINDOW else edge_begin - 1, reaching):
         own = reader < edge_begin
         other = tl.where(own, segment, tl.load(dependants + reader, mask=reader >= edge_begin, other=0))
-        o_start, o_len, _, o_prefix = segment_of(other, segment_starts, prefix_starts, prefix_lens, num_segments, num_tokens)
+        o_start, o_len, _, o_prefix = segment_of(
+            other, segment_starts, prefix_starts, prefix_lens, num_segments, num_tokens
+        )
         base = tl.where(own, 0, o_prefix)
         limit = tl.where(own, 2147483647, o_prefix - 1)  # the last key that the reader may see, causality aside
         begin_offset = tl.where(own, first_key, 0)

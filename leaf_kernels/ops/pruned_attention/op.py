@@ -14,6 +14,7 @@ from .arguments import as_bytes, block_d, constants, large_offsets, logit_scales
 from .configs import Tile, tile_for
 from .schedule import key_tiles, query_tiles
 
+
 def forward(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -60,7 +61,9 @@ def row_terms(
 
     N, heads, D = out.shape
     dout = rows_dense(dout)
-    denominator, delta = (torch.empty(key_heads, N * (heads // key_heads), dtype=torch.float32, device=out.device) for _ in range(2))
+    denominator, delta = (
+        torch.empty(key_heads, N * (heads // key_heads), dtype=torch.float32, device=out.device) for _ in range(2)
+    )
     dsink_rows = torch.empty_like(delta) if sinks is not None else None
     block = 32
     launch(
@@ -195,7 +198,22 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, q, k, v, sinks, keep, segment_starts, prefix_starts, prefix_lens, rows, backward_rows, keys, dependants, options, tiles, fused
+        ctx,
+        q,
+        k,
+        v,
+        sinks,
+        keep,
+        segment_starts,
+        prefix_starts,
+        prefix_lens,
+        rows,
+        backward_rows,
+        keys,
+        dependants,
+        options,
+        tiles,
+        fused,
     ):
         starts = (segment_starts, prefix_starts, prefix_lens)
         out, lse = _forward(q, k, v, keep, sinks, *starts, rows, *options, tiles[0])
@@ -245,7 +263,9 @@ def pruned_attention_triton(
     rows = query_tiles(layout, group, tiles[0].block_m)
     backward_rows = keys = dependants = None
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (q, k, v, sinks)):
-        if tiles[1].block_m != tiles[0].block_m:  # None stands for the forward's: torch.compile refuses one tensor given twice
+        if (
+            tiles[1].block_m != tiles[0].block_m
+        ):  # None stands for the forward's: torch.compile refuses one tensor given twice
             backward_rows = query_tiles(layout, group, tiles[1].block_m)
         keys, dependants = key_tiles(layout, tiles[2].block_n)
     return _Attention.apply(

@@ -67,11 +67,12 @@ def _torch_varlen(q, k, v, layout: SharedPrefixLayout, scale: float, window: int
             f"{torch.__version__} does not have; update torch or use impl='triton'"
         )
     starts, longest = layout.segment_starts, layout.max_len
-    span = (-1 if window is None else window - 1, 0)  # keys to the left and right besides the token itself; (-1, 0) is causal
+    span = (
+        -1 if window is None else window - 1,
+        0,
+    )  # keys to the left and right besides the token itself; (-1, 0) is causal
     grouped = q.shape[1] != k.shape[1]
-    return varlen_attn(
-        q, k, v, starts, starts, longest, longest, scale=scale, window_size=span, enable_gqa=grouped
-    )
+    return varlen_attn(q, k, v, starts, starts, longest, longest, scale=scale, window_size=span, enable_gqa=grouped)
 
 
 def _flash_attn(q, k, v, layout: SharedPrefixLayout, scale: float, window: int | None, softcap, deterministic):
