@@ -70,7 +70,7 @@ def test_covering_array(case: dict):
     for name, exact in oracle.items():
         if name == "dsinks":  # a handful of sums over all rows: their budget would be a matter of luck
             eps = torch.finfo(case["dtype"]).eps
-            torch.testing.assert_close(actual[name].double(), exact, rtol=0, atol=4 * eps * len(actual["out"]) ** 0.5)
+            torch.testing.assert_close(actual[name].double(), exact, rtol=0, atol=16 * eps * len(actual["out"]) ** 0.5)
             continue
         try:
             assert_close_to_fp64(
