@@ -20,7 +20,8 @@ def packed(*groups: tuple[int, list[tuple[int, int]]], tail: int = 0) -> SharedP
         lens += [0] + [p for p, _ in members]
     ends = torch.tensor([0, *own]).cumsum(0)
     starts = [s if p else 0 for s, p in zip(starts, lens)]
-    return SharedPrefixLayout(ends, torch.tensor(starts), torch.tensor(lens), int(ends[-1]) + tail)
+    starts, lens = (torch.tensor(x, dtype=torch.int32) for x in (starts, lens))
+    return SharedPrefixLayout(ends, starts, lens, int(ends[-1]) + tail)
 
 
 def layouts() -> dict[str, SharedPrefixLayout]:

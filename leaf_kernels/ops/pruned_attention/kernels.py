@@ -462,8 +462,9 @@ def backward_kv_block(
     dz = (p * (dp - delta_row[None, :]) * slope).to(q_tile.dtype)
     dk = tl.dot(dz, q_tile, dk, input_precision="ieee")
     if DQ != "none":
-        if IS_EDGE:  # nor may a NaN in a key behind the reader's prefix
+        if IS_EDGE:  # nor may a NaN in a key behind the reader's prefix, or in its value
             k = tl.where((key_position <= limit)[:, None], k, 0.0)
+            dz = tl.where(see, dz, 0.0)
         part = tl.dot(tl.trans(dz), k, input_precision="ieee")  # [BLOCK_M, BLOCK_D]
         part = tl.where(exists[:, None], part, 0.0)  # rows of the next segment get an exact 0
         if DQ == "tma":
