@@ -8,31 +8,31 @@ from ..pruned_attention.kernels import (
     NO_KEY,
     capped,
     edge_block,
+    edge_blocks,
     flat_rows,
     key_blocks,
     key_exists,
-    load_rows,
-    row_offsets,
+    load_keys,
+    load_queries,
     segment_of,
     visible,
+    whole_block,
+    whole_blocks,
 )
 
 
 @triton.jit
 def denominator_block(
     pivot, total, q, query_position, k, keep, key, key_position, count, k_stride_n, scale, softcap, window,
-    HEAD_DIM: tl.constexpr, HAS_KEEP: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, IS_EDGE: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    HEAD_DIM: tl.constexpr, HAS_KEEP: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+    IS_EDGE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """One block of keys of the online sum of exponentials."""
-    n = tl.arange(0, BLOCK_N)
     exists = key_exists(keep, key, count, HAS_KEEP, IS_EDGE, BLOCK_N)
-    k_tile = load_rows(k + key.to(tl.int64) * k_stride_n, n * k_stride_n, exists, HEAD_DIM, BLOCK_D)
+    k_tile = load_keys(k, key, exists, k_stride_n, HEAD_DIM, BLOCK_N, BLOCK_D)
     z, _ = capped(tl.dot(q, tl.trans(k_tile), input_precision="ieee"), scale, softcap, HAS_SOFTCAP)
     if IS_EDGE or HAS_KEEP:
-        see = visible(
-            query_position[:, None], (key_position + n)[None, :], exists[None, :], window, HAS_WINDOW, IS_EDGE
-        )
+        see = visible(query_position, key_position, exists, window, HAS_WINDOW, IS_EDGE)
         z = tl.where(see, z, float("-inf"))
     new_pivot = tl.maximum(pivot, tl.max(z, 1))
     return new_pivot, total * tl.exp2(pivot - new_pivot) + tl.sum(tl.exp2(z - new_pivot[:, None]), 1)
@@ -44,20 +44,22 @@ def denominators(
     num_tokens, num_segments,
     q_stride_n, q_stride_h, k_stride_n, k_stride_h,
     scale, softcap, window,
-    KEY_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, HAS_KEEP: tl.constexpr, HAS_SINKS: tl.constexpr,
-    HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, LARGE: tl.constexpr,
+    KEY_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, HAS_KEEP: tl.constexpr,
+    HAS_SINKS: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, LARGE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """log2 of the softmax's denominator for the chosen queries, [key head, N * G] in flat rows; rows that are not chosen keep the +inf they hold."""
+    """log2 of the softmax's denominator for the chosen queries, [key head, N * G] in flat rows.
+
+    Rows that are not chosen keep the +inf that they hold, and tiles of such rows end at once.
+    """
     tile = tl.program_id(0).to(tl.int64) // KEY_HEADS
     kv_head = (tl.program_id(0) % KEY_HEADS).to(tl.int64)
     segment = tl.load(tiles + 2 * tile)
     if segment < 0:
         return
     first_row = tl.load(tiles + 2 * tile + 1)
-    start, own_len, prefix_start, prefix_len = segment_of(
-        segment, segment_starts, prefix_starts, prefix_lens, num_segments, num_tokens
-    )
+    bounds = segment_of(segment, segment_starts, prefix_starts, prefix_lens, num_segments, num_tokens)
+    start, own_len, _, prefix_len = bounds
     offset, head, exists = flat_rows(first_row, own_len, GROUP, BLOCK_M)
     chosen = exists & (tl.load(queries + start + offset, mask=exists, other=0) != 0)
     if tl.max(chosen.to(tl.int32), 0) == 0:
@@ -65,45 +67,25 @@ def denominators(
     first = first_row // GROUP
     last = (first_row + BLOCK_M - 1) // GROUP
     position = prefix_len + offset
-    q_base = q + (start + first).to(tl.int64) * q_stride_n + kv_head * GROUP * q_stride_h
-    q_tile = load_rows(
-        q_base, row_offsets(offset - first, head, q_stride_n, q_stride_h, LARGE), exists, HEAD_DIM, BLOCK_D
-    )
+    q += kv_head * GROUP * q_stride_h
+    q_tile = load_queries(q, start, first, offset, head, exists, q_stride_n, q_stride_h, HEAD_DIM, LARGE, BLOCK_D)
     k += kv_head * k_stride_h
 
     pivot = tl.full([BLOCK_M], NO_KEY, tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
-    p_begin, p_whole, p_whole_end, p_end, o_begin, o_whole, o_whole_end, o_end = key_blocks(
-        first, last, own_len, prefix_len, segment < num_segments, window, HAS_WINDOW, BLOCK_N
-    )
-    prefix_blocks = p_whole_end - p_whole
-    for b in range(0, prefix_blocks + o_whole_end - o_whole):
-        in_prefix = b < prefix_blocks
-        block = tl.where(in_prefix, p_whole + b, o_whole + b - prefix_blocks)
-        key = tl.where(in_prefix, prefix_start, start) + block * BLOCK_N
+    blocks = key_blocks(first, last, bounds, segment < num_segments, window, HAS_WINDOW, BLOCK_N)
+    in_prefix, count = whole_blocks(blocks)
+    for b in range(0, count):
+        key = whole_block(b, in_prefix, blocks, bounds, BLOCK_N)
         pivot, total = denominator_block(
             pivot, total, q_tile, position, k, keep, key, 0, BLOCK_N, k_stride_n, scale, softcap, window,
             HEAD_DIM, HAS_KEEP, HAS_WINDOW, HAS_SOFTCAP, False, BLOCK_N, BLOCK_D,
         )  # fmt: skip
-    prefix_edges = p_whole - p_begin + p_end - p_whole_end
-    for b in range(0, prefix_edges + o_whole - o_begin + o_end - o_whole_end):
-        key, key_position, count = edge_block(
-            b,
-            p_begin,
-            p_whole,
-            p_whole_end,
-            prefix_edges,
-            o_begin,
-            o_whole,
-            o_whole_end,
-            start,
-            own_len,
-            prefix_start,
-            prefix_len,
-            BLOCK_N,
-        )
+    in_prefix, count = edge_blocks(blocks)
+    for b in range(0, count):
+        key, key_position, existing = edge_block(b, in_prefix, blocks, bounds, BLOCK_N)
         pivot, total = denominator_block(
-            pivot, total, q_tile, position, k, keep, key, key_position, count, k_stride_n, scale, softcap, window,
+            pivot, total, q_tile, position, k, keep, key, key_position, existing, k_stride_n, scale, softcap, window,
             HEAD_DIM, HAS_KEEP, HAS_WINDOW, HAS_SOFTCAP, True, BLOCK_N, BLOCK_D,
         )  # fmt: skip
     log_sum = pivot + tl.log2(total)
@@ -117,19 +99,16 @@ def denominators(
 
 @triton.jit
 def column_sums_block(
-    mass, k, q, denominator, start, end_offset, first, base, key_position, limit, q_stride_n, scale, softcap, window,
-    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, LARGE: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+    mass, k, q, denominator, start, end, first, base, key_position, limit, q_stride_n, scale, softcap, window,
+    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+    LARGE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """mass [BLOCK_N] += what BLOCK_M queries of one head and one segment give to the keys; nothing where none of them was chosen."""
-    m = tl.arange(0, BLOCK_M)
-    offset = first + m
-    exists = offset < end_offset
-    row = (start + first).to(tl.int64)
-    log_sum = tl.load(denominator + (row + m) * GROUP, mask=exists, other=float("inf"))
+    """mass [BLOCK_N] += what BLOCK_M queries of one head and one segment give to the keys; free if none was chosen."""
+    offset = first + tl.arange(0, BLOCK_M)
+    exists = offset < end
+    log_sum = tl.load(denominator + (start + offset).to(tl.int64) * GROUP, mask=exists, other=float("inf"))
     if tl.min(log_sum, 0) < float("inf"):
-        rows = row_offsets(m, 0 * m, q_stride_n, 0, LARGE)
-        q_tile = load_rows(q + row * q_stride_n, rows, exists, HEAD_DIM, BLOCK_D)
+        q_tile = load_queries(q, start, first, offset, 0 * offset, exists, q_stride_n, 0, HEAD_DIM, LARGE, BLOCK_D)
         z, _ = capped(tl.dot(k, tl.trans(q_tile), input_precision="ieee"), scale, softcap, HAS_SOFTCAP)
         see = key_position[:, None] <= tl.minimum(base + offset, limit)[None, :]
         if HAS_WINDOW:
@@ -167,9 +146,7 @@ def column_sums(
     kept = exists
     if HAS_KEEP:
         kept = exists & (tl.load(keep + key + n, mask=exists, other=0) != 0)
-    k_tile = load_rows(
-        k + key.to(tl.int64) * k_stride_n + kv_head * k_stride_h, n * k_stride_n, kept, HEAD_DIM, BLOCK_D
-    )
+    k_tile = load_keys(k + kv_head * k_stride_h, key, kept, k_stride_n, HEAD_DIM, BLOCK_N, BLOCK_D)
     q += head * q_stride_h
     denominator += kv_head * num_tokens * GROUP + head % GROUP
 
@@ -177,17 +154,18 @@ def column_sums(
     for reader in range(begin - 1, reaching):
         own = reader < begin
         other = tl.where(own, segment, tl.load(dependants + reader, mask=reader >= begin, other=0))
-        o_start, o_len, _, o_prefix = segment_of(
+        other_start, other_len, _, other_prefix = segment_of(
             other, segment_starts, prefix_starts, prefix_lens, num_segments, num_tokens
         )
-        base = tl.where(own, 0, o_prefix)
-        limit = tl.where(own, 2147483647, o_prefix - 1)
-        end = tl.where(segment < num_segments, o_len, 0)
+        base = tl.where(own, 0, other_prefix)
+        limit = tl.where(own, 2147483647, other_prefix - 1)
+        end = tl.where(segment < num_segments, other_len, 0)
         if HAS_WINDOW:
             end = tl.minimum(end, first_key + BLOCK_N - 1 + window - base)
         for first in range(tl.where(own, first_key, 0), end, BLOCK_M):
             total = column_sums_block(
-                total, k_tile, q, denominator, o_start, end, first, base, key_position, limit, q_stride_n, scale, softcap, window,
+                total, k_tile, q, denominator, other_start, end, first, base, key_position, limit, q_stride_n,
+                scale, softcap, window,
                 GROUP, HEAD_DIM, HAS_WINDOW, HAS_SOFTCAP, LARGE, BLOCK_M, BLOCK_D,
             )  # fmt: skip
     tl.store(mass + head * num_tokens + key + n, tl.where(kept, total, 0.0), mask=exists)
