@@ -60,7 +60,7 @@ class SharedPrefixLayout:
                 )
             if value.numel() and int(value.abs().amax()) > torch.iinfo(torch.int32).max:
                 raise ValueError(f"{_OP}: {name} must fit in int32, got {int(value.abs().amax())}")
-            object.__setattr__(self, name, value.to(torch.int32))
+            object.__setattr__(self, name, value.to(torch.int32).contiguous())
         if len(self.segment_starts) == 0:
             raise ValueError(f"{_OP}: segment_starts must have S + 1 >= 1 entries, got none")
         S = len(self.segment_starts) - 1

@@ -21,7 +21,8 @@ _warned: set[tuple[str, str]] = set()
 def resolve_impl(op: str, impl: str | Impl, device: torch.device, obstacle: str | None = None) -> Impl:
     """The implementation for `op` on `device`: never AUTO.
 
-    An explicit request is honoured or refused; only "auto" may choose. `obstacle` says why the Triton kernel cannot serve this call, if so.
+    An explicit request is honoured or refused; only "auto" may choose. `obstacle` says why the Triton kernel cannot serve
+    this call, if so.
     """
     valid = (Impl.AUTO, Impl.TRITON, Impl.REFERENCE, *VENDOR_IMPLS.get(op, ()))
     if impl not in valid:  # Impl is a str
@@ -33,8 +34,8 @@ def resolve_impl(op: str, impl: str | Impl, device: torch.device, obstacle: str 
             raise NotImplementedError(f"{op}: this version has no Triton kernel; use impl='auto' or impl='reference'")
         if device.type != "cuda" and not (device.type == "cpu" and interpreted()):
             raise ValueError(
-                f"{op}: impl='triton' needs CUDA tensors, got {device.type!r}; use impl='reference', or set TRITON_INTERPRET=1 "
-                "before the first import of triton to run the kernels in Triton's interpreter"
+                f"{op}: impl='triton' needs CUDA tensors, got {device.type!r}; use impl='reference', or set "
+                "TRITON_INTERPRET=1 before triton is imported to run the kernels in its interpreter"
             )
         if obstacle is not None:
             raise ValueError(f"{op}: impl='triton': {obstacle}; use impl='reference'")

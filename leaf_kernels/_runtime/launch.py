@@ -16,10 +16,10 @@ def interpreted() -> bool:
 
 @torch.compiler.assume_constant_result  # what a traced program runs on does not change
 def architecture(device: torch.device) -> str:
-    """The column of a configuration table that serves `device`.
+    """The part of a configuration table that serves `device`.
 
-    "sm_80" (A100: 163 KB of shared memory), "sm_90" (Hopper, 227 KB, wgmma), "sm_100" (datacentre Blackwell, tensor memory), "small" (99 KB:
-    A10, L4, RTX 30 to 50, and every card that is not known), "interpreter" on a CPU.
+    "sm_80" (A100: 163 KB of shared memory), "sm_90" (Hopper: 227 KB, wgmma), "sm_100" (data-centre Blackwell: 227 KB, tensor
+    memory), "small" (99 KB: A10, L4, RTX 30 to 50, and every card that is not known), "interpreter" on a CPU.
     """
     if device.type != "cuda":
         return "interpreter"

@@ -13,8 +13,8 @@ _LIBRARY = torch.library.Library("leaf_kernels", "DEF")
 def define(schema: str, launcher: Callable[..., Any], fake: Callable[..., Any]) -> Any:
     """Defines `leaf_kernels::<schema>` and returns it.
 
-    `launcher` serves CUDA, and the CPU where Triton is interpreted; `fake` gives the outputs' shapes. The operator has no autograd formula of its own: an
-    autograd.Function calls it.
+    `launcher` serves CUDA, and the CPU where Triton is interpreted; `fake` gives the outputs' shapes. The operator has no
+    autograd formula of its own: an autograd.Function calls it.
     """
     name = schema.split("(", 1)[0]
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))

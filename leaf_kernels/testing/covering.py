@@ -17,21 +17,18 @@ def pairwise(**factors: Sequence[Any]) -> list[dict[str, Any]]:
     missing = {(a, i, b, j) for a, b in pairs for i in range(len(factors[a])) for j in range(len(factors[b]))}
     if not pairs:
         return [{name: value} for name, values in factors.items() for value in values]
-    cases = []
+    cases: list[dict[str, Any]] = []
     while missing:
         a, i, b, j = min(missing)
         chosen = {a: i, b: j}
         for turn, name in enumerate(n for n in names if n not in chosen):
-
-            def gain(value: int, name: str = name) -> int:
-                met = {(c, k, name, value) for c, k in chosen.items()} | {
-                    (name, value, c, k) for c, k in chosen.items()
-                }
-                return len(met & missing)
-
             options = len(factors[name])
+            met = [
+                sum((c, k, name, value) in missing or (name, value, c, k) in missing for c, k in chosen.items())
+                for value in range(options)
+            ]
             first = (len(cases) + turn) % options  # ties go round, so that no value is favoured
-            chosen[name] = max(((first + n) % options for n in range(options)), key=gain)
+            chosen[name] = max(((first + n) % options for n in range(options)), key=met.__getitem__)
         missing -= {(c, chosen[c], d, chosen[d]) for c, d in pairs}
         cases.append({name: factors[name][chosen[name]] for name in names})
     return cases

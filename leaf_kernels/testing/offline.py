@@ -58,7 +58,7 @@ def compile_offline(arch: str) -> Iterator[list[Compiled]]:
 
         return run
 
-    # A class of its own per call: Triton keeps compiled kernels by device number, and every architecture has number 0.
+    # Triton keeps compiled kernels by device: every call is one of its own.
     stand_in = mock.Mock()
     stand_in.get_current_device.return_value = f"{arch} offline {id(compiled)}"
     stand_in.get_current_stream.return_value = 0
@@ -69,7 +69,7 @@ def compile_offline(arch: str) -> Iterator[list[Compiled]]:
     try:
         with (
             mock.patch.object(KernelInterface, "__getitem__", compile_instead),
-            mock.patch("leaf_kernels.ops.pruned_attention.configs.architecture", lambda _: table),
+            mock.patch("leaf_kernels.ops.pruned_attention.configs.architecture", return_value=table),
         ):
             yield compiled
     finally:

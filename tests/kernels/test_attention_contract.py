@@ -34,7 +34,7 @@ def layout_of(groups, tail: int) -> SharedPrefixLayout:
     return packed(*[(root, [(min(p, root), n) for p, n in members]) for root, members in groups], tail=tail)
 
 
-# -- schedules ----------------------------------------------------------------------------------------------------------
+# -- schedules -----------------------------------------------------------------------------------------------------
 
 
 @settings(max_examples=60, deadline=None)
@@ -81,7 +81,7 @@ def test_schedules_are_built_once_and_without_a_sync():
 
 
 def test_schedules_of_many_and_of_long_segments():
-    """70 000 segments and a million tokens: the grids are one-dimensional and grow with tokens, not with segments x longest."""
+    """70 000 segments, a million tokens: grids are one-dimensional and grow with tokens, not with segments x longest."""
     many = SharedPrefixLayout.from_lengths([3] * 70_000)
     long = SharedPrefixLayout.from_lengths([1 << 20])
     assert (query_tiles(many, 4, 128)[:, 0] >= 0).sum() == 70_000
@@ -90,11 +90,11 @@ def test_schedules_of_many_and_of_long_segments():
     assert len(key_tiles(long, 64)[0]) == (1 << 20) // 64 + 2
 
 
-# -- gradients and inputs -------------------------------------------------------------------------------------------------
+# -- gradients and inputs ------------------------------------------------------------------------------------------
 
 
 def test_grouped_query_strides_upstream_and_inputs_left_alone():
-    """Slices of one QKV projection with a stride in the head dimension too, upstream gradients of stride 0: as contiguous ones."""
+    """Slices of one QKV projection, strided within a head too, and upstream gradients of stride 0: as contiguous ones."""
     N, D = SMALL.num_tokens, 16
     projection = torch.randn(N, 4, 2 * D + 2, generator=torch.Generator().manual_seed(0), requires_grad=True)
     q, k, v = projection[:, :2, :D], projection[:, 2:3, 1 : 2 * D + 1 : 2], projection[:, 3:, 2 : D + 2]
@@ -197,12 +197,12 @@ def test_a_checkpointing_policy_can_name_the_operator():
     assert [call.args[0].__name__ for call in launches.call_args_list].count("forward") == 1, "saved, not run again"
 
 
-# -- NaN and absent rows ----------------------------------------------------------------------------------------------------
+# -- NaN and absent rows -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("deterministic", [True, False])
 def test_what_is_not_attended_changes_nothing(deterministic: bool):
-    """NaN in removed keys, in the tail, in another group, in the root behind a member's prefix: bitwise no effect on the member."""
+    """NaN in removed keys, the tail, another group, the root behind a member's prefix: bitwise no effect on the member."""
     layout = packed((BLOCK + 5, [(7, 6)]), (20, [(9, 5)]), tail=2)
     N = layout.num_tokens
     keep = torch.ones(N, dtype=torch.bool)
@@ -275,7 +275,7 @@ def test_no_tokens_and_no_segments():
         assert attention_mass(q, k, layout, queries=nobody, impl="triton").shape == (4, 0)
 
 
-# -- attention mass ---------------------------------------------------------------------------------------------------------
+# -- attention mass ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["short", "long_prefix"])
@@ -315,11 +315,11 @@ def test_attention_mass_reads_chosen_queries_only():
     assert torch.equal(attention_mass(q, k, layout, queries=queries, impl="triton"), clean)
 
 
-# -- memory and offsets -------------------------------------------------------------------------------------------------------
+# -- memory and offsets --------------------------------------------------------------------------------------------
 
 
 def test_launchers_allocate_results_and_row_terms_only():
-    """Run as plain functions: a recorder does not see inside operators. Kernels are stand-ins; sizes do not depend on them."""
+    """Run as plain functions, since a recorder does not see inside operators. Kernels are stand-ins here."""
     layout = SharedPrefixLayout.from_lengths([64] * 64)
     N, Hq, Hk, D = layout.num_tokens, 8, 1, 16
     q, k, v = (x.detach() for x in qkv(N, Hq, Hk, D, torch.float32))
@@ -384,7 +384,7 @@ def test_offsets_beyond_two_to_the_31(axis: int):
     assert torch.equal(out, pruned_attention(q, k, v, layout, impl="triton"))
 
 
-# -- operators and compilation ------------------------------------------------------------------------------------------------
+# -- operators and compilation -------------------------------------------------------------------------------------
 
 
 def test_opcheck():
@@ -485,7 +485,7 @@ def test_compile_keys_hold_no_length():
         assert named >= {"num_tokens", "num_segments"}
 
 
-# -- which implementation runs --------------------------------------------------------------------------------------------------
+# -- which implementation runs -------------------------------------------------------------------------------------
 
 
 def test_deterministic_algorithms_override(monkeypatch):
@@ -560,7 +560,7 @@ def test_unknown_gpus_get_the_smallest_configuration(monkeypatch, capability, ar
     assert launch.architecture(torch.device("cuda")) == arch
 
 
-# -- other libraries' kernels ----------------------------------------------------------------------------------------------------
+# -- other libraries' kernels --------------------------------------------------------------------------------------
 
 
 def on_cuda() -> mock._patch:

@@ -7,7 +7,15 @@ import torch
 from ..._runtime.launch import launch
 from ..._runtime.library import define
 from ...layout import SharedPrefixLayout
-from ..pruned_attention.arguments import as_bytes, constants, large_offsets, logit_scales, row_strides, rows_dense
+from ..pruned_attention.arguments import (
+    as_bytes,
+    constants,
+    contiguous,
+    large_offsets,
+    logit_scales,
+    row_strides,
+    rows_dense,
+)
 from ..pruned_attention.configs import Tile, tile_for
 from ..pruned_attention.schedule import key_tiles, query_tiles
 
@@ -44,7 +52,8 @@ def mass(
     )  # fmt: skip
     launch(
         kernels.denominators, len(rows) * k.shape[1],
-        q, k, as_bytes(keep), sinks, as_bytes(queries), denominator, *layout, rows, *scalars, **flags, HAS_SINKS=sinks is not None,
+        q, k, as_bytes(keep), contiguous(sinks), as_bytes(queries), denominator, *layout, rows, *scalars,
+        **flags, HAS_SINKS=sinks is not None,
     )  # fmt: skip
     launch(
         kernels.column_sums, len(keys) * heads,
@@ -54,8 +63,9 @@ def mass(
 
 
 _mass = define(
-    "attention_mass(Tensor q, Tensor k, Tensor queries, Tensor? keep, Tensor? sinks, Tensor segment_starts, Tensor prefix_starts, Tensor prefix_lens, "
-    "Tensor rows, Tensor keys, Tensor dependants, float scale, int? window, float? softcap, int[] tile) -> Tensor",
+    "attention_mass(Tensor q, Tensor k, Tensor queries, Tensor? keep, Tensor? sinks, Tensor segment_starts, "
+    "Tensor prefix_starts, Tensor prefix_lens, Tensor rows, Tensor keys, Tensor dependants, "
+    "float scale, int? window, float? softcap, int[] tile) -> Tensor",
     mass,
     lambda q, *_: q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32),
 )
@@ -74,7 +84,8 @@ def attention_mass_triton(
     sinks: torch.Tensor | None,
 ) -> torch.Tensor:
     """See `attention_mass`."""
-    tile = tile_for("mass", q.shape[2], q.dtype, q.device)
+    extras = keep is not None or softcap is not None
+    tile = tile_for("mass", q.shape[2], q.dtype, q.device, extras=extras)
     rows = query_tiles(layout, q.shape[1] // k.shape[1], tile.block_m)
     keys, dependants = key_tiles(layout, tile.block_n)
     starts = (layout.segment_starts, layout.prefix_starts, layout.prefix_lens)

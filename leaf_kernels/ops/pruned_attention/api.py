@@ -51,22 +51,23 @@ def pruned_attention(
         softcap: tanh cap on the scaled logits; None = none.
         sinks: [Hq], one raw logit per query head that enters the softmax's denominator only; neither scaled nor capped.
         return_lse: also return the log-sum-exp.
-        deterministic: True: the backward sums in a fixed order, without atomics; runs repeat bitwise. False allows a fused backward that
-            does five matrix products instead of seven and adds dq in no fixed order, on GPUs of compute capability 9.0 and newer
-            and head sizes up to 128. `torch.use_deterministic_algorithms(True)` overrides False.
-        impl: "auto": the Triton kernels on NVIDIA GPUs of compute capability 8.0 and newer (float64 and head sizes above 256 run in
-            plain torch there, with one warning); on a CPU scaled_dot_product_attention over buckets of similar segments, or the
-            specification itself where SDPA cannot express the call (softcap, sinks, lse). "triton", "reference": that and
-            nothing else. "torch_varlen", "flash_attn": FlashAttention of torch or of the flash-attn package, for layouts
-            without prefixes and tail, without keep, sinks and lse.
+        deterministic: True: the backward sums in a fixed order, without atomics; runs repeat bitwise. False allows a fused
+            backward that does five matrix products instead of seven and adds dq in no fixed order, on GPUs of compute
+            capability 9.0 and 10.0 and head sizes up to 128. `torch.use_deterministic_algorithms(True)` overrides False.
+        impl: "auto": the Triton kernels on NVIDIA GPUs of compute capability 8.0 and newer (float64 and head sizes above 256
+            run in plain torch there, with one warning); on a CPU scaled_dot_product_attention over buckets of similar
+            segments, or the specification itself where SDPA cannot express the call (softcap, sinks, lse).
+            "triton", "reference": that and nothing else. "torch_varlen", "flash_attn": FlashAttention of torch or of the
+            flash-attn package, for layouts without prefixes and tail, without keep, sinks and lse.
 
     Returns:
         out [N, Hq, D] in the compute dtype; with `return_lse` also lse [Hq, N] (fp32, fp64 for fp64 inputs), natural log,
         over keys only: the sink is left out, so that partial results merge by their lse. A row without any key, and
         positions that belong to no segment: output 0, lse -inf, gradients 0.
 
-    Gradients: q, k, v, sinks, through both outputs, once (no double backward from the kernels). Inputs are not modified. Nothing of
-    size N² is allocated, nor expanded keys or values; nothing waits for the device.
+    Gradients: q, k, v, sinks, through both outputs, once (the kernels refuse a double backward). Inputs are not modified.
+    The kernels allocate nothing of size N², no expanded keys or values, and never wait for the device. They multiply in the
+    compute dtype into fp32; the softmax is fp32.
 
     Raises:
         ValueError, TypeError: naming the argument. ImportError: an implementation that was asked for is not installed.

@@ -61,5 +61,10 @@ def row_strides(*tensors: torch.Tensor) -> list[int]:
     return [stride for t in tensors for stride in t.stride()[:2]]
 
 
-def as_bytes(keep: torch.Tensor | None) -> torch.Tensor | None:
-    return None if keep is None else keep.contiguous().view(torch.uint8)
+def contiguous(x: torch.Tensor | None) -> torch.Tensor | None:
+    return None if x is None else x.contiguous()
+
+
+def as_bytes(mask: torch.Tensor | None) -> torch.Tensor | None:
+    """A bool tensor as kernels read it."""
+    return None if mask is None else mask.contiguous().view(torch.uint8)

@@ -1,4 +1,4 @@
-"""Tile sizes of the kernels: one shipped table, no search. `make compile-gate` shows that every entry compiles without spills."""
+"""Tile sizes of the kernels: one shipped table, no search at run time."""
 
 from __future__ import annotations
 
@@ -18,9 +18,24 @@ class Tile(NamedTuple):
     stages: int
 
 
-def tile_for(kernel: str, head_dim: int, dtype: torch.dtype, device: torch.device) -> Tile:
-    """The configuration of `kernel` ("forward", "backward_q", "backward_kv", "backward_fused", "mass") for a head size."""
+# architecture → kernel → head sizes up to → (configuration, the same with `keep` or a softcap, which take registers).
+# Largest tiles that compile without spills with Triton 3.6 and 3.9: see benchmarks/compile_gate.py.
+_TABLE: dict[str, dict[str, dict[int, tuple[Tile, Tile]]]] = {}
+
+
+def tile_for(kernel: str, head_dim: int, dtype: torch.dtype, device: torch.device, *, extras: bool) -> Tile:
+    """The configuration of "forward", "backward_q", "backward_kv" or "mass". `extras`: with `keep` or a softcap."""
     arch = architecture(device)
     if arch == "interpreter":
         return Tile(16, 16, 1, 1)
-    return Tile(64, 64, 4, 2)
+    if dtype is torch.float32:  # exact products do not run on tensor cores: for correctness, not for speed
+        return Tile(16, 16, 4, 1) if head_dim > 128 else Tile(32, 32, 4, 1)
+    return next(pair[extras] for largest, pair in _TABLE[arch][kernel].items() if head_dim <= largest)
+
+
+def fused_tile(head_dim: int, dtype: torch.dtype, device: torch.device, *, extras: bool) -> Tile | None:
+    """The configuration of the fused backward, or None where it is not offered."""
+    offered = "backward_fused" in _TABLE.get(architecture(device), {}) and head_dim <= 128
+    if architecture(device) == "interpreter" or (offered and dtype is not torch.float32):
+        return tile_for("backward_fused", head_dim, dtype, device, extras=extras)
+    return None

@@ -6,8 +6,8 @@ a segment; a *position* counts in the unpacked sequence: an offset in the prefix
 Logits are in units of log2, z = log2(e) * scale * q·k, so that exp2 needs no factor.
 
 A block of keys is *whole* when every row of the tile sees all of it: no masks. Where that is not so (the diagonal, the end
-of a prefix, a window) it is an *edge*. The softmax does not mind the order, so each kernel runs over the whole blocks of both
-key ranges, then over the edges.
+of a prefix, a window) it is an *edge*. The softmax does not mind the order, so each kernel runs over the whole blocks of
+both key ranges, then over the edges.
 """
 
 import triton
@@ -493,8 +493,8 @@ def backward_kv(
     dk_acc = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv_acc = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
 
-    # A query at position x sees the whole tile if x >= first_key + BLOCK_N - 1 and, with a window, x < first_key + window; it
-    # sees nothing of it from first_key + BLOCK_N - 1 + window on. Reader number begin - 1 stands for the segment itself.
+    # A query at position x sees the whole tile if x >= first_key + BLOCK_N - 1 and, with a window, x < first_key + window;
+    # it sees nothing of it from first_key + BLOCK_N - 1 + window on. Reader number begin - 1 is the segment itself.
     real = segment < num_segments
     for reader in range(begin - 1, covering):
         own = reader < begin
@@ -513,8 +513,8 @@ def backward_kv(
                 q_stride_n, q_stride_h, dout_stride_n, dout_stride_h, scale, softcap, window,
                 GROUP, HEAD_DIM, HAS_WINDOW, HAS_SOFTCAP, False, LARGE, DQ, BLOCK_M, BLOCK_N, BLOCK_D,
             )  # fmt: skip
-    # Edges: number edge_begin - 1 is the diagonal; then the dependants whose prefix ends in the tile; with a window also what
-    # lies at its end in every reader, number edge_begin - 2 being the segment itself.
+    # Edges: number edge_begin - 1 is the diagonal; then the dependants whose prefix ends in the tile; with a window also
+    # what lies at its end in every reader, number edge_begin - 2 being the segment itself.
     edge_begin = begin if HAS_WINDOW else covering
     for reader in range(edge_begin - 2 if HAS_WINDOW else edge_begin - 1, reaching):
         own = reader < edge_begin

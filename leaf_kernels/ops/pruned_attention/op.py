@@ -10,8 +10,8 @@ from torch.autograd.function import once_differentiable
 from ..._runtime.launch import launch
 from ..._runtime.library import define
 from ...layout import SharedPrefixLayout
-from .arguments import as_bytes, block_d, constants, large_offsets, logit_scales, row_strides, rows_dense
-from .configs import Tile, tile_for
+from .arguments import as_bytes, block_d, constants, contiguous, large_offsets, logit_scales, row_strides, rows_dense
+from .configs import Tile, fused_tile, tile_for
 from .schedule import key_tiles, query_tiles
 
 
@@ -38,7 +38,7 @@ def forward(
     cfg = Tile(*tile)
     launch(
         kernels.forward, len(tiles) * k.shape[1],
-        q, k, v, as_bytes(keep), sinks, out, lse, segment_starts, prefix_starts, prefix_lens, tiles,
+        q, k, v, as_bytes(keep), contiguous(sinks), out, lse, segment_starts, prefix_starts, prefix_lens, tiles,
         q.shape[0], len(prefix_lens), *row_strides(q, k, v), *logit_scales(scale, softcap), window or 0,
         **constants(
             q, k, cfg, HAS_KEEP=keep is not None, HAS_SINKS=sinks is not None, HAS_WINDOW=window is not None,
@@ -61,21 +61,21 @@ def row_terms(
 
     N, heads, D = out.shape
     dout = rows_dense(dout)
-    denominator, delta = (
-        torch.empty(key_heads, N * (heads // key_heads), dtype=torch.float32, device=out.device) for _ in range(2)
-    )
+    group = heads // key_heads
+    denominator = torch.empty(key_heads, N * group, dtype=torch.float32, device=out.device)
+    delta = torch.empty_like(denominator)
     dsink_rows = torch.empty_like(delta) if sinks is not None else None
     block = 32
     launch(
         kernels.row_terms, -(-N * heads // block),
-        out, dout, lse, dlse, sinks, denominator, delta, dsink_rows,
+        out, dout, lse, dlse, contiguous(sinks), denominator, delta, dsink_rows,
         N, *row_strides(dout), *(dlse.stride() if dlse is not None else (0, 0)),
-        HEADS=heads, GROUP=heads // key_heads, HEAD_DIM=D, HAS_DLSE=dlse is not None, HAS_SINKS=sinks is not None,
+        HEADS=heads, GROUP=group, HEAD_DIM=D, HAS_DLSE=dlse is not None, HAS_SINKS=sinks is not None,
         BLOCK_M=block, BLOCK_D=block_d(D), num_warps=4,
     )  # fmt: skip
     if dsink_rows is None:
         return denominator, delta, out.new_empty(0, dtype=torch.float32)
-    return denominator, delta, dsink_rows.view(key_heads, N, heads // key_heads).sum(1).flatten()
+    return denominator, delta, dsink_rows.view(key_heads, N, group).sum(1).flatten()
 
 
 def backward_q(
@@ -135,59 +135,66 @@ def backward_kv(
     from . import kernels
 
     q, k, v, dout = map(rows_dense, (q, k, v, dout))
-    dk, dv = (torch.empty(k.shape, dtype=k.dtype, device=k.device) for _ in range(2))
+    dk = torch.empty(k.shape, dtype=k.dtype, device=k.device)
+    dv = torch.empty_like(dk)
     cfg = Tile(*tile)
-    group = q.shape[1] // k.shape[1]
-    sums = q.new_zeros(k.shape[1] * q.shape[0] * group if fused else 0, block_d(q.shape[2]), dtype=torch.float32)
+    (N, heads, D), key_heads = q.shape, k.shape[1]
+    sums = q.new_zeros(N * heads if fused else 0, block_d(D), dtype=torch.float32)
+    reduce, target = _reduction(sums, cfg)
     launch(
-        kernels.backward_kv, len(tiles) * k.shape[1],
-        q, k, v, as_bytes(keep), dout, denominator, delta, dk, dv, _reducible(sums, cfg) if fused else None,
+        kernels.backward_kv, len(tiles) * key_heads,
+        q, k, v, as_bytes(keep), dout, denominator, delta, dk, dv, target,
         segment_starts, prefix_starts, prefix_lens, tiles, dependants,
-        q.shape[0], len(prefix_lens), *row_strides(q, k, v, dout), *logit_scales(scale, softcap), window or 0, scale,
+        N, len(prefix_lens), *row_strides(q, k, v, dout), *logit_scales(scale, softcap), window or 0, scale,
         **constants(
             q, k, cfg, HAS_KEEP=keep is not None, HAS_WINDOW=window is not None, HAS_SOFTCAP=softcap is not None,
-            LARGE=large_offsets(cfg.block_m, q, dout), DQ=("atomic" if q.device.type == "cpu" else "tma") if fused else "none",
+            LARGE=large_offsets(cfg.block_m, q, dout), DQ=reduce,
         ),
     )  # fmt: skip
     if not fused:
         return dk, dv, q.new_empty(0)
-    dq = sums.mul_(scale).view(k.shape[1], q.shape[0], group, -1)[..., : q.shape[2]].transpose(0, 1)
+    dq = sums.mul_(scale).view(key_heads, N, heads // key_heads, block_d(D))[..., :D].transpose(0, 1)
     return dk, dv, dq.reshape(q.shape).to(q.dtype)
 
 
-def _reducible(sums: torch.Tensor, tile: Tile) -> Any:
-    """The target of the fused backward: a descriptor that the hardware adds tiles to. The interpreter has none, and takes the tensor."""
+def _reduction(sums: torch.Tensor, tile: Tile) -> tuple[str, Any]:
+    """How the kernel adds to `sums`, and what it gets for it: a TMA descriptor, which the interpreter cannot reduce into."""
+    if sums.numel() == 0:
+        return "none", None
     if sums.device.type == "cpu":
-        return sums
+        return "atomic", sums
     from triton.tools.tensor_descriptor import TensorDescriptor
 
-    return TensorDescriptor.from_tensor(sums, [tile.block_m, sums.shape[1]])
+    return "tma", TensorDescriptor.from_tensor(sums, [tile.block_m, sums.shape[1]])
 
 
+_INPUTS = "Tensor q, Tensor k, Tensor v, Tensor? keep"
 _LAYOUT = "Tensor segment_starts, Tensor prefix_starts, Tensor prefix_lens, Tensor tiles"
 _OPTIONS = "float scale, int? window, float? softcap, int[] tile"
+_TERMS = "Tensor dout, Tensor denominator, Tensor delta"
 
 _forward = define(
-    f"pruned_attention(Tensor q, Tensor k, Tensor v, Tensor? keep, Tensor? sinks, {_LAYOUT}, {_OPTIONS}) -> (Tensor, Tensor)",
+    f"pruned_attention({_INPUTS}, Tensor? sinks, {_LAYOUT}, {_OPTIONS}) -> (Tensor, Tensor)",
     forward,
     lambda q, *_: (q.new_empty(q.shape), q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)),
 )
 _row_terms = define(
-    "pruned_attention_row_terms(Tensor out, Tensor dout, Tensor lse, Tensor? dlse, Tensor? sinks, int key_heads) -> (Tensor, Tensor, Tensor)",
+    "pruned_attention_row_terms(Tensor out, Tensor dout, Tensor lse, Tensor? dlse, Tensor? sinks, int key_heads) "
+    "-> (Tensor, Tensor, Tensor)",
     row_terms,
     lambda out, dout, lse, dlse, sinks, key_heads: (
         *(lse.new_empty(key_heads, out.shape[0] * (out.shape[1] // key_heads)) for _ in range(2)),
         lse.new_empty(0 if sinks is None else out.shape[1]),
     ),
 )
-_SAVED = "Tensor q, Tensor k, Tensor v, Tensor? keep, Tensor dout, Tensor denominator, Tensor delta"
 _backward_q = define(
-    f"pruned_attention_backward_q({_SAVED}, {_LAYOUT}, {_OPTIONS}) -> Tensor",
+    f"pruned_attention_backward_q({_INPUTS}, {_TERMS}, {_LAYOUT}, {_OPTIONS}) -> Tensor",
     backward_q,
     lambda q, *_: q.new_empty(q.shape),
 )
 _backward_kv = define(
-    f"pruned_attention_backward_kv({_SAVED}, {_LAYOUT}, Tensor dependants, {_OPTIONS}, bool fused) -> (Tensor, Tensor, Tensor)",
+    f"pruned_attention_backward_kv({_INPUTS}, {_TERMS}, {_LAYOUT}, Tensor dependants, {_OPTIONS}, bool fused) "
+    "-> (Tensor, Tensor, Tensor)",
     backward_kv,
     lambda q, k, *rest: (k.new_empty(k.shape), k.new_empty(k.shape), q.new_empty(q.shape if rest[-1] else 0)),
 )
@@ -198,26 +205,14 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx,
-        q,
-        k,
-        v,
-        sinks,
-        keep,
-        segment_starts,
-        prefix_starts,
-        prefix_lens,
-        rows,
-        backward_rows,
-        keys,
-        dependants,
-        options,
-        tiles,
-        fused,
+        ctx, q, k, v, sinks, keep, starts, prefix_starts, prefix_lens, rows, q_rows, keys, dependants, *constants
     ):
-        starts = (segment_starts, prefix_starts, prefix_lens)
-        out, lse = _forward(q, k, v, keep, sinks, *starts, rows, *options, tiles[0])
-        ctx.save_for_backward(q, k, v, sinks, keep, out, lse, *starts, rows, backward_rows, keys, dependants)
+        options, tiles, fused = constants
+        layout = (starts, prefix_starts, prefix_lens)
+        out, lse = _forward(q, k, v, keep, sinks, *layout, rows, *options, tiles[0])
+        ctx.save_for_backward(
+            q, k, v, sinks, keep, out, lse, *layout, rows if q_rows is None else q_rows, keys, dependants
+        )
         ctx.options, ctx.tiles, ctx.fused = options, tiles, fused
         ctx.set_materialize_grads(False)
         return out, lse
@@ -225,18 +220,18 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dout, dlse):
-        q, k, v, sinks, keep, out, lse, *starts, rows, backward_rows, keys, dependants = ctx.saved_tensors
+        q, k, v, sinks, keep, out, lse, *layout, rows, keys, dependants = ctx.saved_tensors
         needs_q, needs_k, needs_v, needs_sinks = ctx.needs_input_grad[:4]
         if dout is None:
             dout = torch.zeros_like(out)
         denominator, delta, dsinks = _row_terms(out, dout, lse, dlse, sinks, k.shape[1])
-        saved = (q, k, v, keep, dout, denominator, delta, *starts)
+        saved = (q, k, v, keep, dout, denominator, delta, *layout)
         dq = dk = dv = None
         fused = ctx.fused and needs_q and (needs_k or needs_v)
         if needs_k or needs_v:
             dk, dv, dq = _backward_kv(*saved, keys, dependants, *ctx.options, ctx.tiles[2], fused)
         if needs_q and not fused:
-            dq = _backward_q(*saved, backward_rows if backward_rows is not None else rows, *ctx.options, ctx.tiles[1])
+            dq = _backward_q(*saved, rows, *ctx.options, ctx.tiles[1])
         gradients = (dq, dk, dv, dsinks.to(sinks.dtype) if needs_sinks else None)
         return *(g if needed else None for g, needed in zip(gradients, ctx.needs_input_grad)), *[None] * 11
 
@@ -254,21 +249,21 @@ def pruned_attention_triton(
     deterministic: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See `pruned_attention`. Returns out [N, Hq, D] and lse [Hq, N]."""
-    D, group = q.shape[2], q.shape[1] // k.shape[1]
-    fused = not deterministic and not torch.are_deterministic_algorithms_enabled()
-    tiles = [tile_for(kernel, D, q.dtype, q.device) for kernel in ("forward", "backward_q", "backward_kv")]
-    fused_tile = tile_for("backward_fused", D, q.dtype, q.device) if fused else None
-    if fused_tile is not None:
-        tiles[2] = fused_tile
+    group, extras = q.shape[1] // k.shape[1], keep is not None or softcap is not None
+
+    kernels = ("forward", "backward_q", "backward_kv")
+    tiles = [tile_for(kernel, q.shape[2], q.dtype, q.device, extras=extras) for kernel in kernels]
+    fused = None
+    if not (deterministic or torch.are_deterministic_algorithms_enabled()):
+        fused = fused_tile(q.shape[2], q.dtype, q.device, extras=extras)
+        tiles[2] = fused or tiles[2]
     rows = query_tiles(layout, group, tiles[0].block_m)
-    backward_rows = keys = dependants = None
+    q_rows = keys = dependants = None
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (q, k, v, sinks)):
-        if (
-            tiles[1].block_m != tiles[0].block_m
-        ):  # None stands for the forward's: torch.compile refuses one tensor given twice
-            backward_rows = query_tiles(layout, group, tiles[1].block_m)
         keys, dependants = key_tiles(layout, tiles[2].block_n)
+        if tiles[1].block_m != tiles[0].block_m:  # else None: torch.compile refuses to pass one tensor twice
+            q_rows = query_tiles(layout, group, tiles[1].block_m)
     return _Attention.apply(
         q, k, v, sinks, keep, layout.segment_starts, layout.prefix_starts, layout.prefix_lens,
-        rows, backward_rows, keys, dependants, (scale, window, softcap), tiles, fused_tile is not None,
+        rows, q_rows, keys, dependants, (scale, window, softcap), tiles, fused is not None,
     )  # fmt: skip

@@ -1,8 +1,8 @@
 """Which program of a kernel works on what: flat lists of tiles, built on the layout's device without a sync.
 
-The lists have a fixed capacity that follows from the sizes alone; programs of unused entries (segment -1) end at once. Tiles never cross segments. The
-positions that belong to no segment are tiles of one more segment, number S, which has no keys: every output row is written by somebody. The longest
-tiles come first, so that the last programs to start are short ones.
+The lists have a fixed capacity that follows from the sizes alone; programs of unused entries (segment -1) end at once. Tiles
+never cross segments. The positions that belong to no segment are tiles of one more segment, number S, which has no keys: every
+output row is written by somebody. The longest tiles come first, so that the last programs to start are short ones.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ def key_tiles(layout: SharedPrefixLayout, block: int) -> tuple[torch.Tensor, tor
     """Tiles of `block` keys and who reads them besides their own segment.
 
     Returns:
-        tiles [T, 5] int32: (segment, first key, a, b, c), longest first. Among `dependants`, entries a to c are the segments whose prefix
-            reaches into the tile, entries a to b those whose prefix covers all of it.
+        tiles [T, 5] int32: (segment, first key, a, b, c), longest first. Among `dependants`, entries a to c are the segments
+            whose prefix reaches into the tile, entries a to b those whose prefix covers all of it.
         dependants [S] int32: segments grouped by their root, longest prefix first.
     """
     return layout.cached(("key_tiles", block), lambda: _key_tiles(layout, block))
@@ -67,7 +67,7 @@ def _query_tiles(layout: SharedPrefixLayout, group: int, block: int) -> torch.Te
 def _key_tiles(layout: SharedPrefixLayout, block: int) -> tuple[torch.Tensor, torch.Tensor]:
     S = layout.prefix_lens.shape[0]
     lengths, prefix = _lengths(layout), layout.prefix_lens.long()
-    # A prefix lies in the one non-empty segment that contains its first token. Sorted by (root, -prefix): one number, since both are below 2^31.
+    # A prefix lies in the one non-empty segment that holds its first token. Sorted by (root, -prefix), as one number.
     root = torch.searchsorted(layout.segment_starts[1:].contiguous(), layout.prefix_starts.contiguous(), right=True)
     rank, dependants = torch.sort(torch.where(prefix > 0, root * 2**32 - prefix, (S + 1) * 2**32), stable=True)
     queries = torch.nn.functional.pad(lengths[:-1][dependants].cumsum(0), (1, 0))

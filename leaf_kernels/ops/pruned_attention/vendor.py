@@ -37,7 +37,7 @@ def pruned_attention_vendor(
         f"dtype {q.dtype} (float16 and bfloat16 only)": q.dtype not in (torch.float16, torch.bfloat16),
         f"tensors on {q.device.type!r}": q.device.type != "cuda",
         "softcap": softcap is not None and impl is Impl.TORCH_VARLEN,
-        "a deterministic backward by itself (ask for deterministic=False, or for torch.use_deterministic_algorithms(True))": (
+        "deterministic=True by itself (ask for deterministic=False or torch.use_deterministic_algorithms(True))": (
             impl is Impl.TORCH_VARLEN
             and deterministic
             and _needs_grad(q, k, v)
@@ -58,10 +58,10 @@ def _needs_grad(*tensors: torch.Tensor) -> bool:
 def _torch_varlen(q, k, v, layout: SharedPrefixLayout, scale: float, window: int | None, softcap, deterministic):
     try:
         varlen_attn = importlib.import_module("torch.nn.attention.varlen").varlen_attn
-        parameters = inspect.signature(varlen_attn).parameters
+        parameters = set(inspect.signature(varlen_attn).parameters)
     except (ImportError, AttributeError):
-        parameters = {}
-    if not {"window_size", "enable_gqa"} <= set(parameters):
+        parameters = set()
+    if not {"window_size", "enable_gqa"} <= parameters:
         raise ImportError(
             f"{_OP}: impl='torch_varlen' needs torch.nn.attention.varlen with window_size and enable_gqa, which torch "
             f"{torch.__version__} does not have; update torch or use impl='triton'"

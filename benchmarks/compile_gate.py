@@ -1,0 +1,174 @@
+"""Every shipped attention configuration, compiled for GPUs that are not there: registers, spills, memory, instructions.
+
+    make compile-gate                     # the cases of continuous integration, as tests
+    python -m benchmarks.compile_gate     # all, into benchmarks/results/compile/triton-<version>.csv (half an hour or more)
+
+Kernels are launched by the code that launches them on a GPU, on tensors of device "meta". The command exits with 1 if a case
+has a problem.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import functools
+import itertools
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from leaf_kernels import SharedPrefixLayout
+from leaf_kernels.ops.attention_mass import op as mass_op
+from leaf_kernels.ops.pruned_attention import op
+from leaf_kernels.ops.pruned_attention.configs import Tile, fused_tile, tile_for
+from leaf_kernels.ops.pruned_attention.schedule import key_tiles, query_tiles
+from leaf_kernels.testing.offline import SHARED_LIMIT, TENSOR_MEMORY_COLUMNS, Compiled, compile_offline
+
+RESULTS = Path(__file__).parent / "results" / "compile"
+KERNELS = ("forward", "row_terms", "backward_q", "backward_kv", "backward_fused", "mass")
+# Query heads per key head: a power of two, and one that no tile is a multiple of
+GROUPS = {"none": 4, "window+sinks": 6, "all": 6}
+FUSED = ("sm_90", "sm_100")
+
+
+@dataclass(frozen=True)
+class Case:
+    arch: str
+    kernel: str
+    head_dim: int
+    options: str = "none"  # of GROUPS; "all" is keep, window, softcap, sinks and lse gradient
+    dtype: str = "bfloat16"
+
+    def __str__(self) -> str:
+        return "-".join(str(v) for v in asdict(self).values())
+
+
+def all_cases() -> Iterator[Case]:
+    for arch, kernel, head_dim, options in itertools.product(
+        SHARED_LIMIT, KERNELS, (64, 80, 96, 128, 192, 256), GROUPS
+    ):
+        if kernel != "backward_fused" or (arch in FUSED and head_dim <= 128):
+            yield Case(arch, kernel, head_dim, options)
+    for arch, kernel, head_dim, dtype in itertools.product(
+        SHARED_LIMIT, KERNELS, (64, 128, 256), ("float16", "float32")
+    ):
+        if kernel != "backward_fused" or (arch in FUSED and head_dim <= 128):
+            yield Case(arch, kernel, head_dim, "all", dtype)
+
+
+def ci_cases() -> Iterator[Case]:
+    """About a hundred compilations."""
+    for arch, kernel, head_dim, options in itertools.product(
+        ("sm_80", "sm_90", "sm_100"), ("forward", "backward_q", "backward_kv"), (64, 128, 256), ("none", "all")
+    ):
+        yield Case(arch, kernel, head_dim, options)
+    for arch, head_dim, options in itertools.product(FUSED, (64, 128), ("none", "all")):
+        yield Case(arch, "backward_fused", head_dim, options)
+    for arch, kernel, head_dim in itertools.product(
+        ("sm_86", "sm_89", "sm_120"), ("forward", "backward_q", "backward_kv"), (64, 128, 256)
+    ):
+        yield Case(arch, kernel, head_dim, "all")
+    for arch in ("sm_80", "sm_90", "sm_100", "sm_86"):
+        yield Case(arch, "mass", 128, "all")
+    for kernel in ("row_terms", "forward", "backward_q", "backward_kv"):
+        yield Case("sm_90", kernel, 128, "all", "float32")
+
+
+def tile_of(case: Case) -> Tile | None:
+    """The configuration that a launch of this case takes; inside `compile_offline`."""
+    if case.kernel == "row_terms":
+        return Tile(0, 0, 0, 0)
+    find = fused_tile if case.kernel == "backward_fused" else functools.partial(tile_for, case.kernel)
+    return find(case.head_dim, getattr(torch, case.dtype), torch.device("meta"), extras=case.options == "all")
+
+
+def compile_case(case: Case) -> tuple[Tile | None, list[Compiled]]:
+    """The kernels of one case (`mass` has two), and the tile that they were compiled with."""
+    layout = SharedPrefixLayout.from_lengths([100] * 10).to("meta")
+    N, Hk, D = layout.num_tokens, 2, case.head_dim
+    Hq = Hk * GROUPS[case.options]
+    everything = case.options == "all"
+    kind = {"dtype": getattr(torch, case.dtype), "device": "meta"}
+    q, k, v = (torch.empty(N, heads, D, **kind) for heads in (Hq, Hk, Hk))
+    mask = torch.empty(N, dtype=torch.bool, device="meta")
+    keep = mask if everything else None
+    sinks = torch.empty(Hq, **kind) if case.options != "none" else None
+    row, lse = (torch.empty(shape, device="meta") for shape in ((Hk, N * (Hq // Hk)), (Hq, N)))
+    starts = (layout.segment_starts, layout.prefix_starts, layout.prefix_lens)
+    with compile_offline(case.arch) as compiled:
+        tile = tile_of(case)
+        if tile is None:
+            return None, []
+        options = (1.0, 128 if case.options != "none" else None, 30.0 if everything else None, list(tile))
+        saved = (q, k, v, keep, q, row, row, *starts)
+        if case.kernel == "row_terms":
+            op.row_terms(q, q, lse, lse if everything else None, sinks, Hk)
+            return tile, compiled
+        rows, keys = query_tiles(layout, Hq // Hk, tile.block_m), key_tiles(layout, tile.block_n)
+        if case.kernel == "forward":
+            op.forward(q, k, v, keep, sinks, *starts, rows, *options)
+        elif case.kernel == "backward_q":
+            op.backward_q(*saved, rows, *options)
+        elif case.kernel == "mass":
+            mass_op.mass(q, k, mask, keep, sinks, *starts, rows, *keys, *options)
+        else:
+            op.backward_kv(*saved, *keys, *options, case.kernel == "backward_fused")
+    return tile, compiled
+
+
+def problems(case: Case, tile: Tile | None, kernel: Compiled) -> list[str]:
+    """What is wrong with a compiled kernel; fp32, which is there for correctness only, may spill."""
+    found = []
+    if kernel.shared > SHARED_LIMIT[case.arch]:
+        found.append(f"shared memory {kernel.shared} > {SHARED_LIMIT[case.arch]}")
+    if kernel.tensor_memory > TENSOR_MEMORY_COLUMNS:
+        found.append(f"tensor memory {kernel.tensor_memory} > {TENSOR_MEMORY_COLUMNS} columns")
+    if case.dtype == "float32":
+        return found
+    if kernel.stack:
+        found.append(f"{kernel.stack} bytes of registers spilled per thread")
+    if tile is not None and case.kernel != "row_terms":
+        wanted = tensor_core(case.arch, tile, kernel.kernel)
+        if not any(name.startswith(wanted) for name in kernel.instructions):
+            found.append(f"no {wanted} instruction")
+    if case.kernel == "backward_fused" and not any(name.startswith("UTMAREDG") for name in kernel.instructions):
+        found.append("no UTMAREDG instruction (TMA reduce)")
+    return found
+
+
+def tensor_core(arch: str, tile: Tile, kernel: str) -> str:
+    """The tensor-core instruction that a configuration counts on: the wide ones need 64 rows of the left operand."""
+    rows = tile.block_n if kernel in ("backward_kv", "column_sums") else tile.block_m
+    return {"sm_90": "HGMMA", "sm_100": "UTCHMMA"}.get(arch, "HMMA") if rows >= 64 else "HMMA"
+
+
+def main() -> None:
+    import triton
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=RESULTS / f"triton-{triton.__version__}.csv")
+    output = parser.parse_args().output
+    output.parent.mkdir(parents=True, exist_ok=True)
+    failed = 0
+    with output.open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(
+            ["arch", "case", "head_dim", "options", "dtype", *Tile._fields, *Compiled._fields[:-1], "problems"]
+        )
+        for case in all_cases():
+            tile, compiled = compile_case(case)
+            for kernel in compiled:
+                wrong = problems(case, tile, kernel)
+                failed += bool(wrong)
+                writer.writerow([*asdict(case).values(), *(tile or ()), *kernel[:-1], "; ".join(wrong)])
+                file.flush()
+                print(case, *kernel[1:5], *wrong)
+    print(f"{output}: {failed} kernels with problems")
+    sys.exit(bool(failed))
+
+
+if __name__ == "__main__":
+    main()
