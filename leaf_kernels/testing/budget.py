@@ -17,7 +17,7 @@ def assert_close_to_fp64(
         raise TypeError(f"assert_close_to_fp64: oracle must be torch.float64, got {oracle.dtype}")
     if not actual.shape == plain.shape == oracle.shape:
         raise AssertionError(f"shapes differ: {tuple(actual.shape)}, {tuple(plain.shape)}, {tuple(oracle.shape)}")
-    error, allowed = ((x.detach().double() - oracle).abs().flatten() for x in (actual, plain))
+    error, allowed = ((x.detach().double() - oracle.detach()).abs().flatten() for x in (actual, plain))
     if not error.isfinite().all():
         raise AssertionError(f"{int((~error.isfinite()).sum())} of {error.numel()} values are not finite")
     floor = torch.finfo(torch.float32).eps * max_lse

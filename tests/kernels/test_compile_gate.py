@@ -1,4 +1,4 @@
-"""Shipped configurations compile for every architecture without spills: `make compile-gate`, in a process without the interpreter."""
+"""Shipped configurations compile for every architecture without spills: `make compile-gate`, outside the interpreter."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from leaf_kernels.testing import Compiled, compile_offline
 
 
 @pytest.mark.compile_gate
-@pytest.mark.parametrize("case", ci_cases(), ids=str)
+@pytest.mark.parametrize("case", list(ci_cases()), ids=str)
 def test_compiles_without_spills(case: Case):
     tile, compiled = compile_case(case)
     assert [k.kernel for k in compiled], "nothing was compiled"

@@ -1,8 +1,8 @@
 """Which program of a kernel works on what: flat lists of tiles, built on the layout's device without a sync.
 
-The lists have a fixed capacity that follows from the sizes alone; programs of unused entries (segment -1) end at once. Tiles
-never cross segments. The positions that belong to no segment are tiles of one more segment, number S, which has no keys: every
-output row is written by somebody. The longest tiles come first, so that the last programs to start are short ones.
+The lists have a fixed capacity that follows from the sizes alone; programs of unused entries (segment -1) end at once.
+Tiles never cross segments. The positions that belong to no segment are tiles of one more segment, number S, which has no
+keys: every output row is written by somebody. The longest tiles come first, so that the last programs to start are short.
 """
 
 from __future__ import annotations
