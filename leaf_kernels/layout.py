@@ -187,7 +187,8 @@ class SharedPrefixLayout:
     def cached(self, key: Any, build: Callable[[], T]) -> T:
         """`build()`, once per layout: schedules are shared by all layers of a model."""
         if key not in self._cache:
-            self._cache[key] = build()
+            with torch.inference_mode(False):  # training may come after: what is kept must be fit to be saved for a backward
+                self._cache[key] = build()
         return self._cache[key]
 
     # -- moving ----------------------------------------------------------------------------------------------------------

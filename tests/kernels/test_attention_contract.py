@@ -146,6 +146,16 @@ def test_without_gradients_only_the_forward_runs(mode):
     assert [key[0] for key in layout._cache] == ["query_tiles"], "no schedule of a backward that will not run"
 
 
+def test_a_layout_that_was_used_for_inference_serves_training():
+    q, k, v = qkv(SMALL.num_tokens, 2, 1, 16, torch.float32)
+    layout = SharedPrefixLayout(SMALL.segment_starts, SMALL.prefix_starts, SMALL.prefix_lens, SMALL.num_tokens)
+    with torch.inference_mode():
+        pruned_attention(q, k, v, layout, impl="triton")
+        attention_mass(q, k, layout, queries=torch.ones(len(q), dtype=torch.bool), impl="triton")
+    pruned_attention(q, k, v, layout, impl="triton").sum().backward()
+    assert q.grad is not None
+
+
 def test_double_backward_is_refused():
     q, k, v = qkv(SMALL.num_tokens, 2, 1, 16, torch.float32)
     out = pruned_attention(q, k, v, SMALL, impl="triton")
