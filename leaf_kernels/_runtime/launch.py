@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 from typing import Any
 
@@ -14,6 +15,11 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
+@functools.cache  # asked for several times in every call of an op
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
 @torch.compiler.assume_constant_result  # what a traced program runs on does not change
 def architecture(device: torch.device) -> str:
     """The part of a configuration table that serves `device`.
@@ -23,7 +29,7 @@ def architecture(device: torch.device) -> str:
     """
     if device.type != "cuda":
         return "interpreter"
-    major, minor = torch.cuda.get_device_capability(device)
+    major, minor = _capability(device)
     if (major, minor) == (8, 0):
         return "sm_80"
     if major == 9:

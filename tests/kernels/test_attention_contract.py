@@ -566,7 +566,7 @@ def test_launches_happen_on_the_device_of_the_tensors():
     ],
 )
 def test_unknown_gpus_get_the_smallest_configuration(monkeypatch, capability, arch):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    monkeypatch.setattr(launch, "_capability", lambda _: capability)
     assert launch.architecture(torch.device("cuda")) == arch
 
 
