@@ -187,7 +187,9 @@ class SharedPrefixLayout:
     def cached(self, key: Any, build: Callable[[], T]) -> T:
         """`build()`, once per layout: schedules are shared by all layers of a model."""
         if key not in self._cache:
-            with torch.inference_mode(False):  # training may come after: what is kept must be fit to be saved for a backward
+            with torch.inference_mode(
+                False
+            ):  # training may come after: what is kept must be fit to be saved for a backward
                 self._cache[key] = build()
         return self._cache[key]
 

@@ -41,8 +41,8 @@ def pruned_attention(
     a window W, `position_ids[i] - position_ids[j] < W`. A logit is `softcap * tanh(scale * q·k / softcap)`.
 
     Args:
-        q: [N, Hq, D]. k, v: [N, Hk, D], Hq a multiple of Hk (grouped-query attention, any ratio). Any strides. All three in
-            one floating-point dtype, or any under autocast.
+        q: [N, Hq, D]. k, v: [N, Hk, D], Hq a multiple of Hk (grouped-query attention, any ratio). All three in one
+            floating-point dtype, or any under autocast. Any strides; the kernels copy a tensor whose heads have gaps inside.
         layout: the pack; `layout.num_tokens == N`.
         keep: [N] bool; False removes a token as a *key* from every query, itself included. It still queries. What k and v
             hold there does not matter, not even NaN.
