@@ -19,7 +19,7 @@ from leaf_kernels import SharedPrefixLayout, attention_mass, pruned_attention
 from leaf_kernels._runtime import dispatch, launch
 from leaf_kernels.ops.attention_mass import op as mass_op
 from leaf_kernels.ops.pruned_attention import op
-from leaf_kernels.ops.pruned_attention.arguments import large_offsets
+from leaf_kernels.ops.pruned_attention.arguments import large_offsets, rows_dense
 from leaf_kernels.ops.pruned_attention.schedule import key_tiles, query_tiles
 from leaf_kernels.testing import guarded_outputs, record_allocations, refuse_host_sync
 
@@ -395,20 +395,34 @@ def test_forced_64_bit_offsets_change_nothing():
     assert all(torch.equal(a, b) for a, b in zip(*results))
 
 
-@pytest.mark.parametrize("axis", [0, 1])
-def test_offsets_beyond_two_to_the_31(axis: int):
-    """Tokens or heads 2^31 elements apart, in storage that exists only where it is touched."""
-    layout = packed((3, [(2, 1)]))
+@pytest.mark.parametrize(
+    ("stride", "large"),
+    [
+        pytest.param(((1 << 31) + 16, 16, 1), True, id="tokens apart"),
+        pytest.param((16, (1 << 31) + 16, 1), True, id="heads apart"),
+        pytest.param((1 << 26, 16, 1), False, id="segments apart"),  # 32 tokens of 2^26 elements and more
+    ],
+)
+def test_offsets_beyond_two_to_the_31(stride, large: bool):
+    """Queries and their gradient, and where only segments are far apart keys and values too, in storage that exists only
+    where it is touched."""
+    layout = packed((2, [(1, 1)])) if large else packed((33, [(32, 2), (3, 1)]))
     N, D = layout.num_tokens, 16
-    apart = (1 << 31) + 16
-    q, k, v = (x.detach().half() for x in qkv(N, 2, 1, D, torch.float32))
-    stride = (apart, D, 1) if axis == 0 else (D, apart, 1)
-    storage = torch.empty(stride[0] * (N - 1) + stride[1] + D, dtype=torch.float16)
-    wide = storage.as_strided((N, 2, D), stride).copy_(q)
-    assert large_offsets(BLOCK, wide)
-    with mock.patch.object(torch.Tensor, "contiguous", side_effect=AssertionError("copied instead of addressed")):
-        out = pruned_attention(wide, k, v, layout, impl="triton")
-    assert torch.equal(out, pruned_attention(q, k, v, layout, impl="triton"))
+    near = [x.detach().half() for x in [*qkv(N, 2, 2, D, torch.float32), torch.randn(N, 2, D)]]
+    size = stride[0] * (N - 1) + stride[1] + D
+
+    def spread(x: torch.Tensor) -> torch.Tensor:
+        return torch.empty(size, dtype=x.dtype).as_strided((N, 2, D), stride).copy_(x)
+
+    far = [spread(x) if i in (0, 3) or not large else x for i, x in enumerate(near)]
+    assert large_offsets(BLOCK, far[0]) == large
+    assert rows_dense(far[0]) is far[0], "addressed, not copied"
+    results = []
+    for *inputs, upstream in (near, far):
+        inputs = [x.requires_grad_() for x in inputs]
+        out = pruned_attention(*inputs, layout, impl="triton")
+        results.append([out, *torch.autograd.grad(out, inputs, upstream)])
+    assert all(torch.equal(a, b) for a, b in zip(*results))
 
 
 # -- operators and compilation -------------------------------------------------------------------------------------
