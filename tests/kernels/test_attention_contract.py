@@ -135,6 +135,8 @@ def test_every_subset_of_requires_grad(deterministic: bool):
         assert ("backward_kv" in names) == (flags[1] or flags[2]), "nothing is computed that nobody asked for"
         alone = flags[0] and (deterministic or not (flags[1] or flags[2]))
         assert ("backward_q" in names) == alone
+        reduced = [call.kwargs["DQ"] != "none" for call in launches.call_args_list if "DQ" in call.kwargs]
+        assert not any(reduced) or (flags[0] and not deterministic), "dq is not computed where nobody asked for it"
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
