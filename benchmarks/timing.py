@@ -86,17 +86,19 @@ def _sample(call: Call, device: torch.device, scratch: torch.Tensor) -> list[flo
             call.run(state)
             times.append(1e3 * (time.perf_counter() - start))
         return times[1:]
-    marks = []
+    marks, host = [], 0.0
     for _ in range(PER_ROUND + 1):
         state = call.setup()
         scratch.zero_()  # drives everything else out of the L2 cache
-        torch.cuda._sleep(
-            1_000_000
-        )  # about half a millisecond for the host to queue the launches: they are not what is timed
+        # The device waits while the host queues the launches, half as long again as it took the last time: they are not
+        # what is timed. (The uncounted run may have compiled, hence the limit.) Cycles at 2 GHz.
+        torch.cuda._sleep(int(min(max(0.5e-3, 1.5 * host), 0.05) * 2e9))
+        queued = time.perf_counter()
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         call.run(state)
         end.record()
+        host = time.perf_counter() - queued
         marks.append((start, end))
     torch.cuda.synchronize()
     return [start.elapsed_time(end) for start, end in marks[1:]]

@@ -187,23 +187,25 @@ class SharedPrefixLayout:
     def cached(self, key: Any, build: Callable[[], T]) -> T:
         """`build()`, once per layout: schedules are shared by all layers of a model."""
         if key not in self._cache:
-            with torch.inference_mode(
-                False
-            ):  # training may come after: what is kept must be fit to be saved for a backward
+            with torch.inference_mode(False):  # training may follow, and saves this for its backward
                 self._cache[key] = build()
         return self._cache[key]
 
     # -- moving ----------------------------------------------------------------------------------------------------------
 
     def _map(self, fn: Callable[[torch.Tensor], torch.Tensor]) -> SharedPrefixLayout:
-        moved = _rebuild([fn(t) for t in self._tensors()], self._facts())
+        with torch.inference_mode(False):  # as in `cached`
+            moved = _rebuild([fn(t) for t in self._tensors()], self._facts())
         if self.device.type == "cpu" or "spans" in self._cache:
             moved._cache["spans"] = self.spans()  # known to the host: never read back from the device
         return moved
 
     def to(self, device: torch.device | str | int, non_blocking: bool = False) -> SharedPrefixLayout:
         """This layout on another device; schedules are rebuilt there on first use."""
-        if self.device == torch.device(device):
+        target = torch.device(device)
+        if target.type == "cuda" and target.index is None:
+            target = torch.device("cuda", torch.cuda.current_device())
+        if self.device == target:
             return self
         return self._map(lambda t: t.to(device, non_blocking=non_blocking))
 

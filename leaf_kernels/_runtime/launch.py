@@ -12,7 +12,7 @@ import torch
 
 def interpreted() -> bool:
     """Whether Triton kernels run in its interpreter, on the CPU. Triton reads this variable when a kernel is defined."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")
 
 
 @functools.cache  # asked for several times in every call of an op

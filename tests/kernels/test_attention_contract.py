@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import math
 import sys
 import types
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from unittest import mock
 
 import pytest
@@ -20,8 +21,9 @@ from leaf_kernels._runtime import dispatch, launch
 from leaf_kernels.ops.attention_mass import op as mass_op
 from leaf_kernels.ops.pruned_attention import op
 from leaf_kernels.ops.pruned_attention.arguments import large_offsets, rows_dense
+from leaf_kernels.ops.pruned_attention.configs import Tile
 from leaf_kernels.ops.pruned_attention.schedule import key_tiles, query_tiles
-from leaf_kernels.testing import guarded_outputs, record_allocations, refuse_host_sync
+from leaf_kernels.testing import guarded_outputs, record_allocations, record_peak_bytes, refuse_host_sync
 
 SMALL = packed((BLOCK + 3, [(5, 4), (BLOCK, 2)]), tail=1)
 
@@ -111,6 +113,29 @@ def test_grouped_query_strides_upstream_and_inputs_left_alone():
 
 
 @pytest.mark.parametrize("deterministic", [True, False])
+def test_every_other_input_may_be_a_view(deterministic: bool):
+    """keep, sinks and queries with gaps, upstream gradients transposed; q and k of attention_mass as slices."""
+    N, D = SMALL.num_tokens, 16
+    g = torch.Generator().manual_seed(0)
+    wide = [torch.randn(N, heads, 2 * D, generator=g)[..., ::2] for heads in (4, 2, 2)]
+    masks = torch.rand(N, 2, generator=g) > 0.3
+    sinks = torch.randn(8, generator=g)[::2]
+    upstream = torch.randn(D, 4, N, generator=g).permute(2, 1, 0), torch.randn(N, 4, generator=g).T
+    results = []
+    for form in (lambda x: x, lambda x: x.contiguous()):
+        q, k, v = (form(x).requires_grad_() for x in wide)
+        s = form(sinks).requires_grad_()
+        keep, queries = form(masks[:, 0]), form(masks[:, 1])
+        out, lse = pruned_attention(
+            q, k, v, SMALL, keep=keep, sinks=s, return_lse=True, impl="triton", deterministic=deterministic
+        )
+        gradients = torch.autograd.grad((out, lse), (q, k, v, s), tuple(form(x) for x in upstream))
+        mass = attention_mass(q, k, SMALL, queries=queries, keep=keep, sinks=s, impl="triton")
+        results.append([out, lse, mass, *gradients])
+    assert all(torch.equal(a, b) for a, b in zip(*results))
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
 def test_every_subset_of_requires_grad(deterministic: bool):
     tensors = [*qkv(SMALL.num_tokens, 2, 1, 16, torch.float32), torch.tensor([0.3, -0.2], requires_grad=True)]
 
@@ -150,8 +175,8 @@ def test_without_gradients_only_the_forward_runs(mode):
 
 def test_a_layout_that_was_used_for_inference_serves_training():
     q, k, v = qkv(SMALL.num_tokens, 2, 1, 16, torch.float32)
-    layout = SharedPrefixLayout(SMALL.segment_starts, SMALL.prefix_starts, SMALL.prefix_lens, SMALL.num_tokens)
     with torch.inference_mode():
+        layout = SMALL._map(torch.clone)  # what moving it to a device does
         pruned_attention(q, k, v, layout, impl="triton")
         attention_mass(q, k, layout, queries=torch.ones(len(q), dtype=torch.bool), impl="triton")
     pruned_attention(q, k, v, layout, impl="triton").sum().backward()
@@ -364,10 +389,16 @@ def test_launchers_allocate_results_and_row_terms_only():
         op.backward_kv(*saved, keys, dependants, *options, False)
         split = list(sizes)
         op.backward_kv(*saved, keys, dependants, *options, True)
-        mass_op.mass(q, k, queries, None, None, *starts, rows, keys, dependants, *options)
+        mass_op.mass(
+            q, k, queries, mass_op.chosen_ranges(layout, queries), None, None, *starts, rows, keys, dependants, *options
+        )
     result, row = N * Hq * D, N * Hq
     assert sorted(split) == sorted([result, row, row, row, 0, result, N * D, N * D, 0, 0])
     assert max(sizes) == result, "the fused backward sums dq in one fp32 buffer of its size"
+    bf16 = [x.bfloat16() for x in (q, k, v)]
+    with mock.patch.object(op, "launch"), record_peak_bytes() as peak:
+        op.backward_kv(*bf16, None, bf16[0], denominator, delta, *starts, keys, dependants, *options, True)
+    assert peak[0] <= 3.3 * bf16[0].nbytes, "fp32 sums, dq, and a quarter for dk and dv at this GQA group of 8"
 
 
 def test_schedules_are_small():
@@ -382,9 +413,10 @@ def test_offsets_are_64_bit_where_strides_need_it():
     """[N, H, D] views of meta tensors: heads far apart, as after a transpose of [H, N, D]."""
     near = torch.empty(1 << 20, 8, 128, device="meta")
     far = torch.empty(32, 1 << 20, 128, device="meta").transpose(0, 1)
-    assert not large_offsets(128, near)
-    assert large_offsets(128, far)
-    assert large_offsets(128, near, far)
+    tile = Tile(128, 64, 8, 3)
+    assert not large_offsets(tile, near)
+    assert large_offsets(tile, far)
+    assert large_offsets(tile, near, far)
 
 
 def test_forced_64_bit_offsets_change_nothing():
@@ -402,13 +434,14 @@ def test_forced_64_bit_offsets_change_nothing():
     [
         pytest.param(((1 << 31) + 16, 16, 1), True, id="tokens apart"),
         pytest.param((16, (1 << 31) + 16, 1), True, id="heads apart"),
-        pytest.param((1 << 26, 16, 1), False, id="segments apart"),  # 32 tokens of 2^26 elements and more
+        pytest.param((1 << 28, 16, 1), True, id="tokens of a tile apart"),  # 15 of them are beyond 2^31
+        pytest.param((1 << 26, 16, 1), False, id="segments apart"),  # 32 of them are
     ],
 )
 def test_offsets_beyond_two_to_the_31(stride, large: bool):
-    """Queries and their gradient, and where only segments are far apart keys and values too, in storage that exists only
-    where it is touched."""
-    layout = packed((2, [(1, 1)])) if large else packed((33, [(32, 2), (3, 1)]))
+    """In storage that exists only where it is touched."""
+    tokens = {1 << 28: packed((18, [(1, 1)])), 1 << 26: packed((33, [(32, 2), (3, 1)]))}
+    layout = tokens.get(stride[0], packed((2, [(1, 1)])))
     N, D = layout.num_tokens, 16
     near = [x.detach().half() for x in [*qkv(N, 2, 2, D, torch.float32), torch.randn(N, 2, D)]]
     size = stride[0] * (N - 1) + stride[1] + D
@@ -416,8 +449,8 @@ def test_offsets_beyond_two_to_the_31(stride, large: bool):
     def spread(x: torch.Tensor) -> torch.Tensor:
         return torch.empty(size, dtype=x.dtype).as_strided((N, 2, D), stride).copy_(x)
 
-    far = [spread(x) if i in (0, 3) or not large else x for i, x in enumerate(near)]
-    assert large_offsets(BLOCK, far[0]) == large
+    far = [spread(x) for x in near]
+    assert large_offsets(Tile(BLOCK, BLOCK, 1, 1), far[0]) == large
     assert rows_dense(far[0]) is far[0], "addressed, not copied"
     results = []
     for *inputs, upstream in (near, far):
@@ -447,7 +480,19 @@ def test_opcheck():
         ops.pruned_attention_row_terms.default: terms,
         ops.pruned_attention_backward_q.default: (*saved, rows, *options),
         ops.pruned_attention_backward_kv.default: (*saved, keys, dependants, *options, True),
-        ops.attention_mass.default: (q, k, keep, keep, sinks, *starts, rows, keys, dependants, *options),
+        ops.attention_mass.default: (
+            q,
+            k,
+            keep,
+            mass_op.chosen_ranges(SMALL, keep),
+            keep,
+            sinks,
+            *starts,
+            rows,
+            keys,
+            dependants,
+            *options,
+        ),
     }.items():
         torch.library.opcheck(called, arguments)
 
@@ -499,36 +544,60 @@ def test_compiled_equals_eager(deterministic: bool):
 
 
 def test_compile_keys_hold_no_length():
-    """Sizes that change from batch to batch are neither compile-time constants nor specialised on."""
-    from leaf_kernels.ops.attention_mass import kernels as mass_kernels
-    from leaf_kernels.ops.pruned_attention import kernels
-
+    """What a kernel is compiled for does not change with the sizes of a batch."""
     seen = []
 
     def record(kernel, programs, *args, **constants):
-        plain = {type(a) for a in constants.values()}
-        assert plain <= {int, bool, str}
-        seen.append((kernel, tuple(sorted(constants.items()))))
+        assert {type(a) for a in constants.values()} <= {int, bool, str}
+        # Integers that a kernel is specialised on: those it was not asked to leave alone
+        names = list(inspect.signature(kernel.fn).parameters)
+        free = set(getattr(kernel, "do_not_specialize", None) or kernel.kwargs["do_not_specialize"])
+        specialised = {n: a for n, a in zip(names, args) if isinstance(a, int) and n not in free}
+        seen.append((kernel, tuple(sorted({**constants, **specialised}.items()))))
 
     with mock.patch.object(op, "launch", record), mock.patch.object(mass_op, "launch", record):
         for layout in (packed((5, [(3, 2)])), packed((300, [(30, 20), (17, 1)]))):
             q, k, v = qkv(layout.num_tokens, 2, 1, 16, torch.float32)
-            pruned_attention(q, k, v, layout, impl="triton").sum().backward()
+            out, lse = pruned_attention(q, k, v, layout, return_lse=True, impl="triton")
+            torch.autograd.backward((out, lse), (torch.ones_like(out), torch.ones_like(lse)))
             attention_mass(q, k, layout, queries=torch.ones(len(q), dtype=torch.bool), impl="triton")
     half = len(seen) // 2
+    assert len({kernel for kernel, _ in seen}) == 6
     assert seen[:half] == seen[half:]
-    for kernel in (
-        kernels.forward,
-        kernels.backward_q,
-        kernels.backward_kv,
-        mass_kernels.denominators,
-        mass_kernels.column_sums,
-    ):
-        named = set(getattr(kernel, "do_not_specialize", None) or kernel.kwargs["do_not_specialize"])
-        assert named >= {"num_tokens", "num_segments"}
 
 
 # -- which implementation runs -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("window", [2**31 - 60, 2**31 - 1, 2**40])
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_any_number_is_a_window(window: int, deterministic: bool):
+    """Large ones mean unlimited: no sum with them overflows."""
+    inputs = qkv(SMALL.num_tokens, 2, 1, 16, torch.float32)
+    results = []
+    for w in (None, window):
+        out = pruned_attention(*inputs, SMALL, window=w, impl="triton", deterministic=deterministic)
+        queries = torch.ones(SMALL.num_tokens, dtype=torch.bool)
+        mass = attention_mass(*inputs[:2], SMALL, queries=queries, window=w, impl="triton")
+        results.append([out, mass, *torch.autograd.grad(out.sum(), inputs)])
+    for a, b in zip(*results):
+        torch.testing.assert_close(a, b)
+
+
+def test_a_sink_far_above_the_keys():
+    """Keys have no share left; outputs and gradients are those of the specification, also through the lse, and finite."""
+    q, k, v = qkv(SMALL.num_tokens, 2, 1, 16, torch.float32)
+    for height in (60.0, 100.0, 1000.0):
+        sinks = torch.full((2,), height, requires_grad=True)
+        results = []
+        for impl in ("triton", "reference"):
+            out, lse = pruned_attention(q, k, v, SMALL, sinks=sinks, return_lse=True, impl=impl)
+            loss = out.sum() + (lse[:, :-1].sum() if height < 69 else 0 * lse[:, :-1].sum())
+            results.append(torch.autograd.grad(loss, (q, k, v, sinks)))
+        for a, b in zip(*results):
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
+        out, lse = pruned_attention(q, k, v, SMALL, sinks=sinks, return_lse=True, impl="triton")
+        assert all(g.isfinite().all() for g in torch.autograd.grad(out.sum() + lse[:, :-1].sum(), (q, k, v, sinks)))
 
 
 def test_deterministic_algorithms_override(monkeypatch):
@@ -578,12 +647,20 @@ def test_auto_on_a_gpu_is_the_kernel(monkeypatch):
 def test_launches_happen_on_the_device_of_the_tensors():
     """Triton launches on the current device: the guard must hold that of the tensors."""
     tensor = mock.MagicMock(spec=torch.Tensor, device=torch.device("cuda", 1))
-    kernel, entered = mock.MagicMock(), []
-    with mock.patch.object(torch.cuda, "device", lambda d: entered.append(d) or mock.MagicMock()):
+    current, launched_on = [torch.device("cuda", 0)], []
+
+    @contextmanager
+    def guard(device: torch.device):
+        current.append(device)
+        yield
+        current.pop()
+
+    kernel = mock.MagicMock()
+    kernel.__getitem__.return_value.side_effect = lambda *_, **__: launched_on.append(current[-1])
+    with mock.patch.object(torch.cuda, "device", guard):
         launch.launch(kernel, 3, tensor)
-        launch.launch(kernel, 0, tensor)
-    assert entered[0] == torch.device("cuda", 1)
-    assert kernel.__getitem__.call_count == 1, "nothing is launched for an empty grid"
+        launch.launch(kernel, 0, tensor)  # nothing is launched for an empty grid
+    assert launched_on == [torch.device("cuda", 1)]
 
 
 @pytest.mark.parametrize(

@@ -342,7 +342,7 @@ def test_twenty_layouts_compile_once(deterministic: bool):
     assert not later, f"20 layouts compiled {len(later)} more kernels: {sorted(set(later))}"
 
 
-@pytest.mark.parametrize(("deterministic", "ceiling"), [(True, 3.0), (False, 5.5)], ids=["split", "fused"])
+@pytest.mark.parametrize(("deterministic", "ceiling"), [(True, 3.0), (False, 4.8)], ids=["split", "fused"])
 def test_peak_memory(deterministic: bool, ceiling: float):
     """In sizes of q: out, dq, a quarter for dk and dv at this GQA group of 8; the fused backward's fp32 dq is two more.
 

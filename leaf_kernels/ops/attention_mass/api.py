@@ -40,8 +40,8 @@ def attention_mass(
     Returns:
         [Hq, N], fp32 (fp64 for fp64 inputs); not differentiable. The sum over N is the number of chosen queries that have a
         key (less what the sinks take). Memory is O(N): the probabilities are never held for more than a few queries.
-        Tiles without a chosen query cost nothing. The plain torch implementation reads `queries` on the host; the kernel
-        does not.
+        Work follows the range from the first to the last chosen query of each segment. The plain torch implementation reads
+        `queries` on the host; the kernel does not.
     """
     check_attention(_OP, q, k, layout, keep, window, softcap, sinks)
     check_token_mask(_OP, "queries", queries, q.shape[0])

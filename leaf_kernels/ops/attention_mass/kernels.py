@@ -25,11 +25,11 @@ from ..pruned_attention.kernels import (
 def denominator_block(
     pivot, total, q, query_position, k, keep, key, key_position, count, k_stride_n, scale, softcap, window,
     HEAD_DIM: tl.constexpr, HAS_KEEP: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
-    IS_EDGE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    IS_EDGE: tl.constexpr, LARGE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """One block of keys of the online sum of exponentials."""
     exists = key_exists(keep, key, count, HAS_KEEP, IS_EDGE, BLOCK_N)
-    k_tile = load_keys(k, key, exists, k_stride_n, HEAD_DIM, BLOCK_N, BLOCK_D)
+    k_tile = load_keys(k, key, exists, k_stride_n, HEAD_DIM, LARGE, BLOCK_N, BLOCK_D)
     z, _ = capped(tl.dot(q, tl.trans(k_tile), input_precision="ieee"), scale, softcap, HAS_SOFTCAP)
     if IS_EDGE or HAS_KEEP:
         see = visible(query_position, key_position, exists, window, HAS_WINDOW, IS_EDGE)
@@ -40,7 +40,7 @@ def denominator_block(
 
 @triton.jit(do_not_specialize=["num_tokens", "num_segments", "window"])
 def denominators(
-    q, k, keep, sinks, queries, denominator, segment_starts, prefix_starts, prefix_lens, tiles,
+    q, k, keep, sinks, queries, segment_starts, prefix_starts, prefix_lens, tiles, denominator,
     num_tokens, num_segments,
     q_stride_n, q_stride_h, k_stride_n, k_stride_h,
     scale, softcap, window,
@@ -79,14 +79,14 @@ def denominators(
         key = whole_block(b, in_prefix, blocks, bounds, BLOCK_N)
         pivot, total = denominator_block(
             pivot, total, q_tile, position, k, keep, key, 0, BLOCK_N, k_stride_n, scale, softcap, window,
-            HEAD_DIM, HAS_KEEP, HAS_WINDOW, HAS_SOFTCAP, False, BLOCK_N, BLOCK_D,
+            HEAD_DIM, HAS_KEEP, HAS_WINDOW, HAS_SOFTCAP, False, LARGE, BLOCK_N, BLOCK_D,
         )  # fmt: skip
     in_prefix, count = edge_blocks(blocks)
     for b in range(0, count):
         key, key_position, existing = edge_block(b, in_prefix, blocks, bounds, BLOCK_N)
         pivot, total = denominator_block(
             pivot, total, q_tile, position, k, keep, key, key_position, existing, k_stride_n, scale, softcap, window,
-            HEAD_DIM, HAS_KEEP, HAS_WINDOW, HAS_SOFTCAP, True, BLOCK_N, BLOCK_D,
+            HEAD_DIM, HAS_KEEP, HAS_WINDOW, HAS_SOFTCAP, True, LARGE, BLOCK_N, BLOCK_D,
         )  # fmt: skip
     log_sum = pivot + tl.log2(total)
     if HAS_SINKS:
@@ -103,7 +103,7 @@ def column_sums_block(
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
     LARGE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """mass [BLOCK_N] += what BLOCK_M queries of one head and one segment give to the keys; free if none was chosen."""
+    """mass [BLOCK_N] += what BLOCK_M queries of one head and one segment give; no products if none was chosen."""
     offset = first + tl.arange(0, BLOCK_M)
     exists = offset < end
     log_sum = tl.load(denominator + (start + offset).to(tl.int64) * GROUP, mask=exists, other=float("inf"))
@@ -119,7 +119,7 @@ def column_sums_block(
 
 @triton.jit(do_not_specialize=["num_tokens", "num_segments", "window"])
 def column_sums(
-    q, k, keep, denominator, mass, segment_starts, prefix_starts, prefix_lens, tiles, dependants,
+    q, k, keep, denominator, chosen, segment_starts, prefix_starts, prefix_lens, tiles, dependants, mass,
     num_tokens, num_segments,
     q_stride_n, q_stride_h, k_stride_n, k_stride_h,
     scale, softcap, window,
@@ -127,7 +127,10 @@ def column_sums(
     HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, LARGE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """mass [Hq, N]: one program per tile of keys and query head; its readers are those of `pruned_attention`'s backward."""
+    """mass [Hq, N]: one program per tile of keys and query head; its readers are those of `pruned_attention`'s backward.
+
+    `chosen` [2, S + 1]: first and one past the last pack position of a chosen query, per segment.
+    """
     heads: tl.constexpr = KEY_HEADS * GROUP
     tile = tl.program_id(0).to(tl.int64) // heads
     head = (tl.program_id(0) % heads).to(tl.int64)
@@ -146,7 +149,7 @@ def column_sums(
     kept = exists
     if HAS_KEEP:
         kept = exists & (tl.load(keep + key + n, mask=exists, other=0) != 0)
-    k_tile = load_keys(k + kv_head * k_stride_h, key, kept, k_stride_n, HEAD_DIM, BLOCK_N, BLOCK_D)
+    k_tile = load_keys(k + kv_head * k_stride_h, key, kept, k_stride_n, HEAD_DIM, LARGE, BLOCK_N, BLOCK_D)
     q += head * q_stride_h
     denominator += kv_head * num_tokens * GROUP + head % GROUP
 
@@ -159,10 +162,13 @@ def column_sums(
         )
         base = tl.where(own, 0, other_prefix)
         limit = tl.where(own, 2147483647, other_prefix - 1)
-        end = tl.where(segment < num_segments, other_len, 0)
+        first_chosen = tl.load(chosen + other) - other_start
+        end = tl.minimum(
+            tl.where(segment < num_segments, other_len, 0), tl.load(chosen + num_segments + 1 + other) - other_start
+        )
         if HAS_WINDOW:
             end = tl.minimum(end, first_key + BLOCK_N - 1 + window - base)
-        for first in range(tl.where(own, first_key, 0), end, BLOCK_M):
+        for first in range(tl.maximum(tl.where(own, first_key, 0), first_chosen), end, BLOCK_M):
             total = column_sums_block(
                 total, k_tile, q, denominator, other_start, end, first, base, key_position, limit, q_stride_n,
                 scale, softcap, window,

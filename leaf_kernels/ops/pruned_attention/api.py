@@ -50,7 +50,8 @@ def pruned_attention(
         window: sliding window in positions of the unpacked sequences; None = unlimited.
         softcap: tanh cap on the scaled logits; None = none.
         sinks: [Hq], one raw logit per query head that enters the softmax's denominator only; neither scaled nor capped.
-        return_lse: also return the log-sum-exp.
+        return_lse: also return the log-sum-exp. (The kernels' gradient through it fades to 0 where a sink lies more than 69
+            above it.)
         deterministic: True: the backward sums in a fixed order, without atomics; runs repeat bitwise. False allows a fused
             backward that does five matrix products instead of seven and adds dq in no fixed order, on GPUs of compute
             capability 9.0 and 10.0 and head sizes up to 128. `torch.use_deterministic_algorithms(True)` overrides False.

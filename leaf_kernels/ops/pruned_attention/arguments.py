@@ -22,14 +22,20 @@ def obstacle(q: torch.Tensor) -> str | None:
     return None
 
 
-def large_offsets(rows: int, *tensors: torch.Tensor) -> bool:
+def large_offsets(tile: Tile, *tensors: torch.Tensor) -> bool:
     """Whether the rows of a tile lie 2^31 elements or more apart in one of `tensors` [N, H, D]."""
+    rows = max(tile.block_m, tile.block_n)
     return any(rows * abs(t.stride(0)) + t.shape[1] * abs(t.stride(1)) >= 2**31 for t in tensors)
 
 
 def rows_dense(x: torch.Tensor) -> torch.Tensor:
     """`x` with elements of a row next to each other; only then are loads vectorised."""
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def window_size(window: int | None, num_tokens: int) -> int:
+    """A window as kernels take it: no sequence is longer than the pack, and sums with this fit in int32."""
+    return 0 if window is None else min(window, num_tokens)
 
 
 def logit_scales(scale: float, softcap: float | None) -> tuple[float, float]:

@@ -85,9 +85,15 @@ def load_queries(
 
 
 @triton.jit
-def load_keys(x, key, exists, stride_n, HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
+def load_keys(
+    x, key, exists, stride_n, HEAD_DIM: tl.constexpr, LARGE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr
+):
     """Consecutive rows of x [N, Hk, D] from `key` on, the head at `x`: [BLOCK_N, BLOCK_D]."""
-    return load_rows(x + key.to(tl.int64) * stride_n, tl.arange(0, BLOCK_N) * stride_n, exists, HEAD_DIM, BLOCK_D)
+    n = tl.arange(0, BLOCK_N)
+    rows = n * stride_n
+    if LARGE:
+        rows = n.to(tl.int64) * stride_n
+    return load_rows(x + key.to(tl.int64) * stride_n, rows, exists, HEAD_DIM, BLOCK_D)
 
 
 @triton.jit
@@ -205,11 +211,11 @@ def forward_block(
     acc, pivot, total, q, query_position, k, v, keep, key, key_position, count, k_stride_n, v_stride_n,
     scale, softcap, window,
     HEAD_DIM: tl.constexpr, HAS_KEEP: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
-    IS_EDGE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    IS_EDGE: tl.constexpr, LARGE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """One block of keys of the online softmax: acc [BLOCK_M, BLOCK_D], pivot and total [BLOCK_M]."""
     exists = key_exists(keep, key, count, HAS_KEEP, IS_EDGE, BLOCK_N)
-    k_tile = load_keys(k, key, exists, k_stride_n, HEAD_DIM, BLOCK_N, BLOCK_D)
+    k_tile = load_keys(k, key, exists, k_stride_n, HEAD_DIM, LARGE, BLOCK_N, BLOCK_D)
     z, _ = capped(tl.dot(q, tl.trans(k_tile), input_precision="ieee"), scale, softcap, HAS_SOFTCAP)
     if IS_EDGE or HAS_KEEP:  # z [BLOCK_M, BLOCK_N]
         see = visible(query_position, key_position, exists, window, HAS_WINDOW, IS_EDGE)
@@ -217,14 +223,14 @@ def forward_block(
     new_pivot = tl.maximum(pivot, tl.max(z, 1))
     p = tl.exp2(z - new_pivot[:, None])
     shrink = tl.exp2(pivot - new_pivot)
-    v_tile = load_keys(v, key, exists, v_stride_n, HEAD_DIM, BLOCK_N, BLOCK_D)
+    v_tile = load_keys(v, key, exists, v_stride_n, HEAD_DIM, LARGE, BLOCK_N, BLOCK_D)
     acc = tl.dot(p.to(v_tile.dtype), v_tile, acc * shrink[:, None], input_precision="ieee")
     return acc, new_pivot, total * shrink + tl.sum(p, 1)
 
 
 @triton.jit(do_not_specialize=["num_tokens", "num_segments", "window"])
 def forward(
-    q, k, v, keep, sinks, out, lse, segment_starts, prefix_starts, prefix_lens, tiles,
+    q, k, v, keep, sinks, segment_starts, prefix_starts, prefix_lens, tiles, out, lse,
     num_tokens, num_segments,
     q_stride_n, q_stride_h, k_stride_n, k_stride_h, v_stride_n, v_stride_h,
     scale, softcap, window,
@@ -261,7 +267,7 @@ def forward(
         acc, pivot, total = forward_block(
             acc, pivot, total, q_tile, position, k, v, keep, key, 0, BLOCK_N, k_stride_n, v_stride_n,
             scale, softcap, window,
-            HEAD_DIM, HAS_KEEP, HAS_WINDOW, HAS_SOFTCAP, False, BLOCK_N, BLOCK_D,
+            HEAD_DIM, HAS_KEEP, HAS_WINDOW, HAS_SOFTCAP, False, LARGE, BLOCK_N, BLOCK_D,
         )  # fmt: skip
     in_prefix, count = edge_blocks(blocks)
     for b in range(0, count):
@@ -269,7 +275,7 @@ def forward(
         acc, pivot, total = forward_block(
             acc, pivot, total, q_tile, position, k, v, keep, key, key_position, existing, k_stride_n, v_stride_n,
             scale, softcap, window,
-            HEAD_DIM, HAS_KEEP, HAS_WINDOW, HAS_SOFTCAP, True, BLOCK_N, BLOCK_D,
+            HEAD_DIM, HAS_KEEP, HAS_WINDOW, HAS_SOFTCAP, True, LARGE, BLOCK_N, BLOCK_D,
         )  # fmt: skip
 
     log_sum = tl.where(total == 0, float("-inf"), pivot + tl.log2(total))  # NaN stays NaN
@@ -286,7 +292,7 @@ def forward(
     tl.store(lse + query_head * num_tokens + row, log_sum / LOG2E, mask=exists)
 
 
-@triton.jit(do_not_specialize=["num_tokens"])
+@triton.jit(do_not_specialize=["num_tokens", "dlse_stride_h", "dlse_stride_n"])  # a stride of dlse [Hq, N] is N
 def row_terms(
     out, dout, lse, dlse, sinks, denominator, delta, dsink_rows,
     num_tokens, dout_stride_n, dout_stride_h, dlse_stride_h, dlse_stride_n,
@@ -318,7 +324,8 @@ def row_terms(
         tl.store(dsink_rows + flat, tl.where(has_key, -tl.exp2(sink - total) * product, 0.0), mask=exists)
     if HAS_DLSE:
         upstream = tl.load(dlse + head * dlse_stride_h + row * dlse_stride_n, mask=exists & has_key, other=0.0)
-        product -= upstream * tl.exp2(tl.where(has_key, total - log_sum, 0.0))
+        # Beyond 2^100 p is all but 0: a finite factor lets the gradient fade where an infinite one would give 0 * inf.
+        product -= upstream * tl.exp2(tl.where(has_key, tl.minimum(total - log_sum, 100.0), 0.0))
     tl.store(delta + flat, tl.where(has_key, product, 0.0), mask=exists)
     tl.store(denominator + flat, tl.where(has_key, total, float("inf")), mask=exists)
 
@@ -328,12 +335,12 @@ def backward_q_block(
     dq, q, dout, denominator, delta, query_position, k, v, keep, key, key_position, count, k_stride_n, v_stride_n,
     scale, softcap, window,
     HEAD_DIM: tl.constexpr, HAS_KEEP: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
-    IS_EDGE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    IS_EDGE: tl.constexpr, LARGE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """dq [BLOCK_M, BLOCK_D] += dz k over one block of keys."""
     exists = key_exists(keep, key, count, HAS_KEEP, IS_EDGE, BLOCK_N)
-    k_tile = load_keys(k, key, exists, k_stride_n, HEAD_DIM, BLOCK_N, BLOCK_D)
-    v_tile = load_keys(v, key, exists, v_stride_n, HEAD_DIM, BLOCK_N, BLOCK_D)
+    k_tile = load_keys(k, key, exists, k_stride_n, HEAD_DIM, LARGE, BLOCK_N, BLOCK_D)
+    v_tile = load_keys(v, key, exists, v_stride_n, HEAD_DIM, LARGE, BLOCK_N, BLOCK_D)
     z, slope = capped(tl.dot(q, tl.trans(k_tile), input_precision="ieee"), scale, softcap, HAS_SOFTCAP)
     p = tl.exp2(z - denominator[:, None])  # [BLOCK_M, BLOCK_N]
     if IS_EDGE or HAS_KEEP:
@@ -346,7 +353,7 @@ def backward_q_block(
 
 @triton.jit(do_not_specialize=["num_tokens", "num_segments", "window"])
 def backward_q(
-    q, k, v, keep, dout, denominator, delta, dq, segment_starts, prefix_starts, prefix_lens, tiles,
+    q, k, v, keep, dout, denominator, delta, segment_starts, prefix_starts, prefix_lens, tiles, dq,
     num_tokens, num_segments,
     q_stride_n, q_stride_h, k_stride_n, k_stride_h, v_stride_n, v_stride_h, dout_stride_n, dout_stride_h,
     scale, softcap, window, factor,
@@ -388,7 +395,7 @@ def backward_q(
         acc = backward_q_block(
             acc, q_tile, do_tile, denominator_row, delta_row, position, k, v, keep, key, 0, BLOCK_N,
             k_stride_n, v_stride_n, scale, softcap, window,
-            HEAD_DIM, HAS_KEEP, HAS_WINDOW, HAS_SOFTCAP, False, BLOCK_N, BLOCK_D,
+            HEAD_DIM, HAS_KEEP, HAS_WINDOW, HAS_SOFTCAP, False, LARGE, BLOCK_N, BLOCK_D,
         )  # fmt: skip
     in_prefix, count = edge_blocks(blocks)
     for b in range(0, count):
@@ -396,7 +403,7 @@ def backward_q(
         acc = backward_q_block(
             acc, q_tile, do_tile, denominator_row, delta_row, position, k, v, keep, key, key_position, existing,
             k_stride_n, v_stride_n, scale, softcap, window,
-            HEAD_DIM, HAS_KEEP, HAS_WINDOW, HAS_SOFTCAP, True, BLOCK_N, BLOCK_D,
+            HEAD_DIM, HAS_KEEP, HAS_WINDOW, HAS_SOFTCAP, True, LARGE, BLOCK_N, BLOCK_D,
         )  # fmt: skip
     row = (start + offset).to(tl.int64)
     target = (row * KEY_HEADS * GROUP + kv_head * GROUP + head) * HEAD_DIM
@@ -455,7 +462,7 @@ def backward_kv_block(
 
 @triton.jit(do_not_specialize=["num_tokens", "num_segments", "window"])
 def backward_kv(
-    q, k, v, keep, dout, denominator, delta, dk, dv, dq, segment_starts, prefix_starts, prefix_lens, tiles, dependants,
+    q, k, v, keep, dout, denominator, delta, segment_starts, prefix_starts, prefix_lens, tiles, dependants, dk, dv, dq,
     num_tokens, num_segments,
     q_stride_n, q_stride_h, k_stride_n, k_stride_h, v_stride_n, v_stride_h, dout_stride_n, dout_stride_h,
     scale, softcap, window, factor,
@@ -486,8 +493,8 @@ def backward_kv(
     kept = exists
     if HAS_KEEP:
         kept = exists & (tl.load(keep + key + n, mask=exists, other=0) != 0)
-    k_tile = load_keys(k + kv_head * k_stride_h, key, kept, k_stride_n, HEAD_DIM, BLOCK_N, BLOCK_D)
-    v_tile = load_keys(v + kv_head * v_stride_h, key, kept, v_stride_n, HEAD_DIM, BLOCK_N, BLOCK_D)
+    k_tile = load_keys(k + kv_head * k_stride_h, key, kept, k_stride_n, HEAD_DIM, LARGE, BLOCK_N, BLOCK_D)
+    v_tile = load_keys(v + kv_head * v_stride_h, key, kept, v_stride_n, HEAD_DIM, LARGE, BLOCK_N, BLOCK_D)
     q += kv_head * GROUP * q_stride_h
     dout += kv_head * GROUP * dout_stride_h
     dk_acc = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
@@ -513,12 +520,12 @@ def backward_kv(
                 q_stride_n, q_stride_h, dout_stride_n, dout_stride_h, scale, softcap, window,
                 GROUP, HEAD_DIM, HAS_WINDOW, HAS_SOFTCAP, False, LARGE, DQ, BLOCK_M, BLOCK_N, BLOCK_D,
             )  # fmt: skip
-    # Edges: number edge_begin - 1 is the diagonal; then the dependants whose prefix ends in the tile; with a window also
-    # what lies at its end in every reader, number edge_begin - 2 being the segment itself.
+    # Edges. The readers before the dependants are again the segment itself: first what lies at the end of its window, then
+    # the diagonal. Dependants whose prefix ends in the tile are all edge; with a window the others have one at its end.
     edge_begin = begin if HAS_WINDOW else covering
-    for reader in range(edge_begin - 2 if HAS_WINDOW else edge_begin - 1, reaching):
+    diagonal = edge_begin - 1
+    for reader in range(diagonal - 1 if HAS_WINDOW else diagonal, reaching):
         own = reader < edge_begin
-        diagonal = reader == edge_begin - 1
         other = tl.where(own, segment, tl.load(dependants + reader, mask=reader >= edge_begin, other=0))
         other_start, other_len, _, other_prefix = segment_of(
             other, segment_starts, prefix_starts, prefix_lens, num_segments, num_tokens
@@ -529,9 +536,9 @@ def backward_kv(
         end = tl.where(real, other_len, 0)
         if HAS_WINDOW:
             after_whole = tl.maximum(first_key + window - base, tl.where(own, first_key + BLOCK_N, 0))
-            first = tl.where((reader < covering) & (reader != edge_begin - 1), after_whole, first)
+            first = tl.where((reader < covering) & (reader != diagonal), after_whole, first)
             end = tl.minimum(end, first_key + BLOCK_N - 1 + window - base)
-        end = tl.where(diagonal, tl.minimum(end, first_key + BLOCK_N), end)
+        end = tl.where(reader == diagonal, tl.minimum(end, first_key + BLOCK_N), end)
         flat_start = (kv_head * num_tokens + other_start) * GROUP
         for row in range(first * GROUP, end * GROUP, BLOCK_M):
             dk_acc, dv_acc = backward_kv_block(

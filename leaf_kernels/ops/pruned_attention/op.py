@@ -10,7 +10,17 @@ from torch.autograd.function import once_differentiable
 from ..._runtime.launch import launch
 from ..._runtime.library import define
 from ...layout import SharedPrefixLayout
-from .arguments import as_bytes, block_d, constants, contiguous, large_offsets, logit_scales, row_strides, rows_dense
+from .arguments import (
+    as_bytes,
+    block_d,
+    constants,
+    contiguous,
+    large_offsets,
+    logit_scales,
+    row_strides,
+    rows_dense,
+    window_size,
+)
 from .configs import Tile, fused_tile, tile_for
 from .schedule import key_tiles, query_tiles
 
@@ -38,11 +48,11 @@ def forward(
     cfg = Tile(*tile)
     launch(
         kernels.forward, len(tiles) * k.shape[1],
-        q, k, v, as_bytes(keep), contiguous(sinks), out, lse, segment_starts, prefix_starts, prefix_lens, tiles,
-        q.shape[0], len(prefix_lens), *row_strides(q, k, v), *logit_scales(scale, softcap), window or 0,
+        q, k, v, as_bytes(keep), contiguous(sinks), segment_starts, prefix_starts, prefix_lens, tiles, out, lse,
+        q.shape[0], len(prefix_lens), *row_strides(q, k, v), *logit_scales(scale, softcap), window_size(window, q.shape[0]),
         **constants(
             q, k, cfg, HAS_KEEP=keep is not None, HAS_SINKS=sinks is not None, HAS_WINDOW=window is not None,
-            HAS_SOFTCAP=softcap is not None, LARGE=large_offsets(cfg.block_m, q),
+            HAS_SOFTCAP=softcap is not None, LARGE=large_offsets(cfg, q, k, v),
         ),
     )  # fmt: skip
     return out, lse
@@ -102,11 +112,11 @@ def backward_q(
     cfg = Tile(*tile)
     launch(
         kernels.backward_q, len(tiles) * k.shape[1],
-        q, k, v, as_bytes(keep), dout, denominator, delta, dq, segment_starts, prefix_starts, prefix_lens, tiles,
-        q.shape[0], len(prefix_lens), *row_strides(q, k, v, dout), *logit_scales(scale, softcap), window or 0, scale,
+        q, k, v, as_bytes(keep), dout, denominator, delta, segment_starts, prefix_starts, prefix_lens, tiles, dq,
+        q.shape[0], len(prefix_lens), *row_strides(q, k, v, dout), *logit_scales(scale, softcap), window_size(window, N), scale,
         **constants(
             q, k, cfg, HAS_KEEP=keep is not None, HAS_WINDOW=window is not None, HAS_SOFTCAP=softcap is not None,
-            LARGE=large_offsets(cfg.block_m, q, dout),
+            LARGE=large_offsets(cfg, q, k, v, dout),
         ),
     )  # fmt: skip
     return dq
@@ -143,18 +153,20 @@ def backward_kv(
     reduce, target = _reduction(sums, cfg)
     launch(
         kernels.backward_kv, len(tiles) * key_heads,
-        q, k, v, as_bytes(keep), dout, denominator, delta, dk, dv, target,
-        segment_starts, prefix_starts, prefix_lens, tiles, dependants,
-        N, len(prefix_lens), *row_strides(q, k, v, dout), *logit_scales(scale, softcap), window or 0, scale,
+        q, k, v, as_bytes(keep), dout, denominator, delta, segment_starts, prefix_starts, prefix_lens, tiles, dependants,
+        dk, dv, target,
+        N, len(prefix_lens), *row_strides(q, k, v, dout), *logit_scales(scale, softcap), window_size(window, N), scale,
         **constants(
             q, k, cfg, HAS_KEEP=keep is not None, HAS_WINDOW=window is not None, HAS_SOFTCAP=softcap is not None,
-            LARGE=large_offsets(cfg.block_m, q, dout), DQ=reduce,
+            LARGE=large_offsets(cfg, q, k, v, dout), DQ=reduce,
         ),
     )  # fmt: skip
     if not fused:
         return dk, dv, q.new_empty(0)
-    dq = sums.mul_(scale).view(key_heads, N, heads // key_heads, block_d(D))[..., :D].transpose(0, 1)
-    return dk, dv, dq.reshape(q.shape).to(q.dtype)
+    dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    grouped = sums.view(key_heads, N, heads // key_heads, block_d(D))[..., :D].transpose(0, 1)
+    torch.mul(grouped, scale, out=dq.view(grouped.shape))  # scaled, reordered and rounded in one pass
+    return dk, dv, dq
 
 
 def _reduction(sums: torch.Tensor, tile: Tile) -> tuple[str, Any]:

@@ -47,15 +47,19 @@ def pruned_attention_vendor(
     for what, asked in refused.items():
         if asked:
             raise ValueError(f"{_OP}: impl={impl.value!r} does not serve {what}; use impl='triton' or impl='auto'")
-    serve = _torch_varlen if impl is Impl.TORCH_VARLEN else _flash_attn
-    return serve(q, k, v, layout, scale, window, softcap, deterministic)
+    left = -1 if window is None else window - 1  # keys that a query sees to its left; -1: all
+    if impl is Impl.TORCH_VARLEN:
+        return _torch_varlen(q, k, v, layout, scale, left)
+    return _flash_attn(q, k, v, layout, scale, left, softcap, deterministic)
 
 
 def _needs_grad(*tensors: torch.Tensor) -> bool:
     return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
 
 
-def _torch_varlen(q, k, v, layout: SharedPrefixLayout, scale: float, window: int | None, softcap, deterministic):
+def _torch_varlen(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: SharedPrefixLayout, scale: float, left: int
+) -> torch.Tensor:
     try:
         varlen_attn = importlib.import_module("torch.nn.attention.varlen").varlen_attn
         parameters = set(inspect.signature(varlen_attn).parameters)
@@ -67,15 +71,21 @@ def _torch_varlen(q, k, v, layout: SharedPrefixLayout, scale: float, window: int
             f"{torch.__version__} does not have; update torch or use impl='triton'"
         )
     starts, longest = layout.segment_starts, layout.max_len
-    span = (
-        -1 if window is None else window - 1,
-        0,
-    )  # keys to the left and right besides the token itself; (-1, 0) is causal
     grouped = q.shape[1] != k.shape[1]
-    return varlen_attn(q, k, v, starts, starts, longest, longest, scale=scale, window_size=span, enable_gqa=grouped)
+    options = {"scale": scale, "window_size": (left, 0), "enable_gqa": grouped}
+    return varlen_attn(q, k, v, starts, starts, longest, longest, **options)
 
 
-def _flash_attn(q, k, v, layout: SharedPrefixLayout, scale: float, window: int | None, softcap, deterministic):
+def _flash_attn(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    layout: SharedPrefixLayout,
+    scale: float,
+    left: int,
+    softcap: float | None,
+    deterministic: bool,
+) -> torch.Tensor:
     try:
         flash_attn_varlen_func = importlib.import_module("flash_attn").flash_attn_varlen_func
     except ImportError as error:
@@ -84,17 +94,7 @@ def _flash_attn(q, k, v, layout: SharedPrefixLayout, scale: float, window: int |
             "or use impl='triton'"
         ) from error
     starts, longest = layout.segment_starts, layout.max_len
+    options = {"softmax_scale": scale, "causal": True, "window_size": (left, 0), "deterministic": deterministic}
     return flash_attn_varlen_func(
-        q,
-        k,
-        v,
-        starts,
-        starts,
-        longest,
-        longest,
-        softmax_scale=scale,
-        causal=True,
-        window_size=(-1 if window is None else window - 1, 0),
-        softcap=0.0 if softcap is None else softcap,
-        deterministic=deterministic,
+        q, k, v, starts, starts, longest, longest, softcap=0.0 if softcap is None else softcap, **options
     )
