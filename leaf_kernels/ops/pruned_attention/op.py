@@ -113,7 +113,8 @@ def backward_q(
     launch(
         kernels.backward_q, len(tiles) * k.shape[1],
         q, k, v, as_bytes(keep), dout, denominator, delta, segment_starts, prefix_starts, prefix_lens, tiles, dq,
-        q.shape[0], len(prefix_lens), *row_strides(q, k, v, dout), *logit_scales(scale, softcap), window_size(window, N), scale,
+        q.shape[0], len(prefix_lens), *row_strides(q, k, v, dout), *logit_scales(scale, softcap), window_size(window, q.shape[0]),
+        scale,
         **constants(
             q, k, cfg, HAS_KEEP=keep is not None, HAS_WINDOW=window is not None, HAS_SOFTCAP=softcap is not None,
             LARGE=large_offsets(cfg, q, k, v, dout),
@@ -155,7 +156,8 @@ def backward_kv(
         kernels.backward_kv, len(tiles) * key_heads,
         q, k, v, as_bytes(keep), dout, denominator, delta, segment_starts, prefix_starts, prefix_lens, tiles, dependants,
         dk, dv, target,
-        N, len(prefix_lens), *row_strides(q, k, v, dout), *logit_scales(scale, softcap), window_size(window, N), scale,
+        N, len(prefix_lens), *row_strides(q, k, v, dout), *logit_scales(scale, softcap), window_size(window, N),
+        scale,
         **constants(
             q, k, cfg, HAS_KEEP=keep is not None, HAS_WINDOW=window is not None, HAS_SOFTCAP=softcap is not None,
             LARGE=large_offsets(cfg, q, k, v, dout), DQ=reduce,
