@@ -113,7 +113,7 @@ def compile_case(case: Case) -> tuple[Tile | None, list[Compiled]]:
         elif case.kernel == "backward_q":
             op.backward_q(*saved, rows, *options)
         elif case.kernel == "mass":
-            mass_op.mass(q, k, mask, keep, sinks, *starts, rows, *keys, *options)
+            mass_op.mass(q, k, mask, mass_op.chosen_ranges(layout, mask), keep, sinks, *starts, rows, *keys, *options)
         else:
             op.backward_kv(*saved, *keys, *options, case.kernel == "backward_fused")
     return tile, compiled

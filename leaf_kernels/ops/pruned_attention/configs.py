@@ -20,7 +20,104 @@ class Tile(NamedTuple):
 
 # architecture → kernel → head sizes up to → (configuration, the same with `keep` or a softcap, which take registers).
 # Largest tiles that compile without spills with Triton 3.6 and 3.9: see benchmarks/compile_gate.py.
-_TABLE: dict[str, dict[str, dict[int, tuple[Tile, Tile]]]] = {}
+_TABLE: dict[str, dict[str, dict[int, tuple[Tile, Tile]]]] = {
+    "sm_80": {
+        "forward": {
+            64: (Tile(128, 64, 8, 3), Tile(128, 64, 8, 3)),
+            128: (Tile(128, 32, 8, 3), Tile(128, 32, 8, 3)),
+            256: (Tile(64, 32, 8, 2), Tile(32, 32, 8, 1)),
+        },
+        "backward_q": {
+            64: (Tile(128, 64, 8, 3), Tile(128, 64, 8, 3)),
+            128: (Tile(64, 64, 8, 2), Tile(128, 32, 8, 2)),
+            256: (Tile(64, 32, 8, 2), Tile(64, 32, 8, 2)),
+        },
+        "backward_kv": {
+            64: (Tile(64, 32, 8, 2), Tile(32, 64, 4, 2)),
+            128: (Tile(64, 64, 8, 2), Tile(32, 64, 8, 2)),
+            256: (Tile(32, 32, 8, 2), Tile(32, 32, 8, 2)),
+        },
+        "mass": {
+            64: (Tile(64, 64, 4, 2), Tile(64, 32, 8, 2)),
+            128: (Tile(64, 64, 4, 2), Tile(64, 64, 4, 2)),
+            256: (Tile(64, 64, 8, 2), Tile(64, 32, 8, 2)),
+        },
+    },
+    "sm_90": {
+        "forward": {
+            64: (Tile(128, 64, 8, 3), Tile(128, 64, 8, 3)),
+            128: (Tile(128, 64, 8, 3), Tile(128, 64, 8, 2)),
+            256: (Tile(64, 32, 8, 3), Tile(64, 32, 8, 3)),
+        },
+        "backward_q": {
+            64: (Tile(128, 64, 8, 3), Tile(128, 64, 8, 3)),
+            128: (Tile(128, 64, 8, 2), Tile(128, 32, 8, 2)),
+            256: (Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),
+        },
+        "backward_kv": {
+            64: (Tile(64, 128, 8, 2), Tile(64, 128, 8, 2)),
+            128: (Tile(32, 128, 8, 2), Tile(32, 128, 8, 2)),
+            256: (Tile(32, 32, 8, 2), Tile(32, 32, 8, 2)),
+        },
+        "backward_fused": {
+            64: (Tile(32, 128, 8, 2), Tile(32, 128, 8, 2)),
+            128: (Tile(32, 64, 8, 2), Tile(32, 32, 8, 1)),
+        },
+        "mass": {
+            64: (Tile(64, 64, 4, 2), Tile(64, 64, 4, 2)),
+            128: (Tile(64, 64, 4, 2), Tile(64, 64, 4, 2)),
+            256: (Tile(64, 64, 8, 2), Tile(64, 64, 8, 2)),
+        },
+    },
+    "sm_100": {
+        "forward": {
+            64: (Tile(128, 64, 8, 3), Tile(128, 64, 8, 3)),
+            128: (Tile(128, 64, 8, 3), Tile(128, 64, 8, 3)),
+            256: (Tile(64, 32, 8, 3), Tile(64, 32, 8, 3)),
+        },
+        "backward_q": {
+            64: (Tile(128, 64, 8, 3), Tile(128, 64, 8, 3)),
+            128: (Tile(128, 64, 8, 2), Tile(128, 64, 8, 2)),
+            256: (Tile(32, 32, 8, 1), Tile(64, 32, 8, 2)),
+        },
+        "backward_kv": {
+            64: (Tile(64, 64, 8, 2), Tile(32, 128, 8, 2)),
+            128: (Tile(32, 64, 8, 2), Tile(32, 64, 8, 2)),
+            256: (Tile(32, 32, 8, 2), Tile(32, 32, 8, 2)),
+        },
+        "backward_fused": {
+            64: (Tile(32, 128, 8, 2), Tile(32, 128, 8, 2)),
+            128: (Tile(32, 64, 8, 2), Tile(32, 64, 8, 2)),
+        },
+        "mass": {
+            64: (Tile(64, 64, 4, 2), Tile(64, 64, 4, 2)),
+            128: (Tile(64, 64, 4, 2), Tile(64, 64, 4, 2)),
+            256: (Tile(64, 64, 8, 2), Tile(64, 32, 8, 2)),
+        },
+    },
+    "small": {
+        "forward": {
+            64: (Tile(128, 64, 8, 3), Tile(128, 64, 8, 3)),
+            128: (Tile(128, 32, 8, 3), Tile(64, 64, 8, 2)),
+            256: (Tile(64, 32, 8, 2), Tile(64, 32, 8, 1)),
+        },
+        "backward_q": {
+            64: (Tile(128, 64, 8, 2), Tile(64, 64, 8, 2)),
+            128: (Tile(64, 64, 8, 2), Tile(64, 64, 8, 2)),
+            256: (Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),
+        },
+        "backward_kv": {
+            64: (Tile(64, 32, 8, 2), Tile(16, 64, 8, 2)),
+            128: (Tile(64, 64, 8, 2), Tile(32, 64, 8, 2)),
+            256: (Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),
+        },
+        "mass": {
+            64: (Tile(64, 64, 8, 2), Tile(64, 32, 8, 2)),
+            128: (Tile(64, 64, 4, 2), Tile(32, 32, 8, 1)),
+            256: (Tile(64, 64, 8, 2), Tile(64, 64, 8, 2)),
+        },
+    },
+}
 
 
 def tile_for(kernel: str, head_dim: int, dtype: torch.dtype, device: torch.device, *, extras: bool) -> Tile:

@@ -113,8 +113,8 @@ def backward_q(
     launch(
         kernels.backward_q, len(tiles) * k.shape[1],
         q, k, v, as_bytes(keep), dout, denominator, delta, segment_starts, prefix_starts, prefix_lens, tiles, dq,
-        q.shape[0], len(prefix_lens), *row_strides(q, k, v, dout), *logit_scales(scale, softcap), window_size(window, q.shape[0]),
-        scale,
+        q.shape[0], len(prefix_lens), *row_strides(q, k, v, dout), *logit_scales(scale, softcap),
+        window_size(window, q.shape[0]), scale,
         **constants(
             q, k, cfg, HAS_KEEP=keep is not None, HAS_WINDOW=window is not None, HAS_SOFTCAP=softcap is not None,
             LARGE=large_offsets(cfg, q, k, v, dout),
