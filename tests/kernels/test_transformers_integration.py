@@ -44,7 +44,7 @@ from transformers import (
 )
 from transformers.masking_utils import create_causal_mask
 
-from leaf_kernels import SharedPrefixLayout
+from leaf_kernels import Impl, SharedPrefixLayout
 from leaf_kernels.integrations.transformers import check_model, packed_inputs, register
 
 register()
@@ -346,3 +346,26 @@ def test_misuse_raises_with_the_remedy():
         layer.self_attn.attention_dropout = 0.1
     with pytest.raises(ValueError, match="dropout must be 0"):
         model(**inputs)
+
+
+@pytest.mark.parametrize("name", ["gemma2", "gpt_oss"])
+def test_models_reach_the_kernels(name: str, monkeypatch: pytest.MonkeyPatch):
+    """What `auto` runs on a GPU, in the interpreter: window, softcap, sinks, transposed views, gradients."""
+    pytest.importorskip("triton")
+    from leaf_kernels.ops.pruned_attention import api, op
+
+    root = sequences()[0][0]
+    layout, input_ids = SharedPrefixLayout.from_groups([[root, root[:9] + root[11:]]])
+    results = []
+    for impl in (Impl.REFERENCE, Impl.TRITON):
+        model = build(name, "leaf").float()
+        monkeypatch.setattr(api, "resolve_impl", lambda *_, impl=impl: impl)
+        with mock.patch.object(op, "launch", wraps=op.launch) as launches:
+            hidden = model.base_model(**packed_inputs(layout, input_ids)).last_hidden_state
+            loss = (hidden * torch.linspace(-1, 1, hidden.numel()).view(hidden.shape)).sum()
+            results.append([hidden, *torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)])
+        kernels = {call.args[0].__name__ for call in launches.call_args_list}
+        assert kernels == ({"forward", "row_terms", "backward_q", "backward_kv"} if impl is Impl.TRITON else set())
+    for expected, actual in zip(*results):
+        if expected is not None:
+            torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
