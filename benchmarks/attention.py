@@ -504,7 +504,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--budget", type=float, default=math.inf, metavar="SECONDS", help="start no work after this")
     parser.add_argument("--continue", dest="resume", action="store_true", help="keep the cases that are in the file")
-    parser.add_argument("--cases", nargs="+", choices=[case.name for case in CASES], default=(), metavar="CASE")
+    parser.add_argument("--cases", nargs="+", choices=[case.name for case in CASES], default=())
     parser.add_argument("--tuned-peers", action="store_true", help="also FlexAttention with max-autotune (minutes)")
     parser.add_argument("--output", type=Path, help="folder of attention.json (default: benchmarks/results/<gpu>)")
     parser.add_argument("--commit", help="the commit to state where the checkout has no git")

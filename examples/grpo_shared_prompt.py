@@ -124,7 +124,7 @@ def main() -> None:
     print(f"{len(completions)} completions of a prompt of {len(prompt)} tokens")
     print(
         f"tokens: {tokens_padded} padded ({apart} without the padding), {tokens_packed} packed: "
-        f"{1 - tokens_packed / tokens_padded:.0%} saved"
+        f"{1 - tokens_packed / tokens_padded:.0%} saved ({1 - tokens_packed / apart:.0%} of those without the padding)"
     )
     worst, difference = max(differences.items(), key=lambda item: item[1])
     print(f"largest relative difference: {difference:.1e} ({worst})")

@@ -30,6 +30,9 @@ class SharedPrefixLayout:
         prefix_lens: [S] int32 on the CPU. None: no prefixes.
         num_tokens: N; default `segment_starts[S]`.
 
+    Attributes known to the host: `num_tokens`, `num_segments`, `has_prefix`, `max_len` (the longest sequence, its prefix
+    included) and `has_tail` (there are positions that belong to no segment).
+
     Raises:
         ValueError, TypeError: naming the first segment that breaks a rule. The ops trust a layout that exists.
 
@@ -121,8 +124,9 @@ class SharedPrefixLayout:
         """Packs groups of token sequences; each member shares the longest common token prefix with its group's first one.
 
         Args:
-            groups: one list per group: `[ids_root, ids_member, ...]`. Works for a prompt and its counterfactuals, for the
-                completions of one prompt (GRPO), for a preferred and a rejected answer (DPO).
+            groups: one list per group: `[ids_root, ids_member, ...]`, each the ids of one unpadded sequence. Works for a
+                prompt and its counterfactuals, for the completions of one prompt (GRPO), for a preferred and a rejected
+                answer (DPO). Members share with their group's first one only, not with each other.
 
         Returns:
             The layout, with one segment per sequence in the order given, and the packed `input_ids` [N] int64.
@@ -259,9 +263,24 @@ def shared_prefixes(
 
 
 def _as_ids(member: Sequence[int] | torch.Tensor) -> torch.Tensor:
-    if isinstance(member, list) and member:  # several times as fast as torch.as_tensor
-        return torch.frombuffer(array("q", member), dtype=torch.int64)
-    return torch.as_tensor(member, dtype=torch.int64).reshape(-1)
+    if isinstance(member, list) and member and not isinstance(member[0], (list, tuple, torch.Tensor)):
+        return torch.frombuffer(array("q", member), dtype=torch.int64)  # several times as fast as torch.as_tensor
+    ids = None if isinstance(member, (str, bytes)) or member is None else torch.as_tensor(member)
+    if ids is not None and ids.numel() == 0:
+        return torch.zeros(0, dtype=torch.int64, device=ids.device)
+    if (
+        ids is None
+        or ids.ndim == 0
+        or ids.numel() != ids.shape[-1]
+        or ids.is_floating_point()
+        or ids.dtype == torch.bool
+    ):
+        got = type(member).__name__ if ids is None else f"{ids.dtype} of shape {tuple(ids.shape)}"
+        raise TypeError(
+            "from_groups: a member must be the token ids of one unpadded sequence, integers in a list or a 1-D tensor, got "
+            f"{got}; groups is a list of groups, a group a list of sequences"
+        )
+    return ids.to(torch.int64).reshape(-1)
 
 
 def _refuse(bad: torch.Tensor, rule: str, values: torch.Tensor) -> None:

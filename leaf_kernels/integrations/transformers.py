@@ -1,12 +1,14 @@
 """`attn_implementation="leaf"`: any transformers decoder on packs that share prefixes.
 
     from leaf_kernels import SharedPrefixLayout
-    from leaf_kernels.integrations.transformers import packed_inputs, register
+    from leaf_kernels.integrations.transformers import check_model, packed_inputs, register
 
     register()
     model = AutoModelForCausalLM.from_pretrained(name, attn_implementation="leaf")
+    check_model(model)  # nothing else says that a model's packs would not equal its separate sequences
     layout, input_ids = SharedPrefixLayout.from_groups([[ids_original, ids_counterfactual]])
-    hidden = model.model(**packed_inputs(layout, input_ids)).last_hidden_state[0]  # [N, H]
+    layout, input_ids = layout.to(model.device), input_ids.to(model.device)
+    hidden = model.base_model(**packed_inputs(layout, input_ids)).last_hidden_state[0]  # [N, H]
     hidden[layout.member_rows(1)]  # every position of the counterfactual, as if it had been run alone
 
 The layout travels as a keyword argument of the model's forward to every attention layer, also under checkpointing.
@@ -50,9 +52,17 @@ def register() -> None:
 def packed_inputs(layout: SharedPrefixLayout, input_ids: torch.Tensor) -> dict[str, Any]:
     """Keyword arguments for the model's forward: input_ids [N] as a batch of one, the positions, the layout, no cache.
 
+    Do not add `labels`: the model would shift them from one sequence into the next, and a row of a shared prefix has a label
+    of its own for each sequence. Gather rows with `layout.member_rows` instead, as in examples/grpo_shared_prompt.py.
+
     Experts are chosen per token, so mixtures are exact too. A load-balancing loss (`output_router_logits`) is not a sum over
     sequences: it is computed over the rows of the pack, where a shared prefix counts once.
     """
+    if not isinstance(layout, SharedPrefixLayout) or tuple(input_ids.shape) != (layout.num_tokens,):
+        raise ValueError(
+            "packed_inputs: wants (layout, input_ids) as SharedPrefixLayout.from_groups returns them, got "
+            f"{type(layout).__name__} and ids of shape {tuple(getattr(input_ids, 'shape', ()))}"
+        )
     return {
         "input_ids": input_ids[None],
         "position_ids": layout.position_ids[None],
@@ -63,7 +73,10 @@ def packed_inputs(layout: SharedPrefixLayout, input_ids: torch.Tensor) -> dict[s
 
 @dataclass
 class MassRecorder:
-    """Records the attention mass of every layer: `model(**packed_inputs(...), mass=MassRecorder(queries))`."""
+    """Records the attention mass of every layer: `model(**packed_inputs(...), mass=MassRecorder(queries))`.
+
+    Run the model under `torch.no_grad()`: a checkpointed layer that is computed again for a backward is recorded again.
+    """
 
     queries: torch.Tensor  # [N] bool, the rows whose attention is summed
     layers: list[torch.Tensor] = field(default_factory=list)  # [Hq, N] each, see `attention_mass`

@@ -67,6 +67,23 @@ def test_equal_member_keeps_its_last_token():
     assert ids.tolist() == [5, 6, 7, 7, 6]
 
 
+@pytest.mark.parametrize(
+    "groups",
+    [
+        [[1, 5, 6], [1, 5, 7]],  # the level of the groups forgotten
+        torch.zeros(2, 3, dtype=torch.int64),
+        [[torch.zeros(2, 3, dtype=torch.int64)]],  # two sequences in one member
+        [[torch.tensor([1.5, 2.0])]],
+        [["text"]],
+        [[[[1, 2], [3, 4]]]],
+    ],
+    ids=str,
+)
+def test_what_is_no_group_of_sequences_is_refused(groups):
+    with pytest.raises(TypeError, match=r"from_groups: a member must be .* groups is a list of groups"):
+        SharedPrefixLayout.from_groups(groups)
+
+
 def test_tail_belongs_to_no_segment():
     layout = SharedPrefixLayout.from_lengths([2, 0, 1], num_tokens=5)
     assert layout.segment_ids.tolist() == [0, 0, 2, 3, 3]

@@ -246,6 +246,13 @@ def test_autocast_decides_the_dtype():
     q, k, v = qkv(layout.num_tokens, dtype=torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
         assert pruned_attention(q, k.bfloat16(), v, layout).dtype == torch.bfloat16
+        out, lse = pruned_attention(q, k, v, layout, return_lse=True)
+        mass = attention_mass(q, k, layout, queries=torch.ones(len(q), dtype=torch.bool))
+    q16, k16, v16 = (x.bfloat16() for x in (q, k, v))
+    expected, expected_lse = pruned_attention(q16, k16, v16, layout, return_lse=True)
+    assert torch.equal(out, expected)
+    assert torch.equal(lse, expected_lse), "inputs are rounded, the softmax is not"
+    assert torch.equal(mass, attention_mass(q16, k16, layout, queries=torch.ones(len(q), dtype=torch.bool)))
     with pytest.raises(TypeError, match="share one dtype"):
         pruned_attention(q, k.bfloat16(), v, layout)
 
@@ -261,6 +268,8 @@ def test_autocast_decides_the_dtype():
         ({"keep": torch.ones(4)}, TypeError, "keep must be torch.bool"),
         ({"keep": torch.ones(3, dtype=torch.bool)}, ValueError, "keep must have shape"),
         ({"window": 0}, ValueError, "window must be at least 1"),
+        ({"window": (128, 0)}, TypeError, "window must be a number of tokens"),
+        ({"q": torch.zeros(1, 4, 4, D)}, ValueError, "pass x\\[0\\].transpose"),
         ({"softcap": 0.0}, ValueError, "softcap must be positive"),
         ({"sinks": torch.zeros(2)}, ValueError, "sinks must have shape"),
         (

@@ -325,6 +325,10 @@ def test_misuse_raises_with_the_remedy():
     model = build("llama", "leaf")
     layout, ids = SharedPrefixLayout.from_groups([[[3, 4, 5]]])
     inputs = packed_inputs(layout, ids)
+    with pytest.raises(ValueError, match="packed_inputs: wants"):
+        packed_inputs(ids, layout)
+    with pytest.raises(ValueError, match="packed_inputs: wants"):
+        packed_inputs(layout, ids[:2])
     with pytest.raises(ValueError, match="needs layout="):
         model(input_ids=ids[None])
     with pytest.raises(ValueError, match="attention_mask must be None"):

@@ -35,7 +35,10 @@ def attention_mass(
 
     Args:
         q: [N, Hq, D]. k: [N, Hk, D]. layout, keep, scale, window, softcap, sinks: as in `pruned_attention`.
-        queries: [N] bool, the rows whose attention is summed. Queries of several segments add up on shared columns.
+        queries: [N] bool, the rows whose attention is summed. Queries of several segments add up on shared columns; a row of
+            a shared prefix counts once, not once per member.
+        impl: "auto" (the Triton kernels on NVIDIA GPUs of compute capability 8.0 and newer, else plain torch), "triton",
+            "reference".
 
     Returns:
         [Hq, N], fp32 (fp64 for fp64 inputs); not differentiable. The sum over N is the number of chosen queries that have a

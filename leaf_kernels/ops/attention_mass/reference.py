@@ -5,12 +5,13 @@ from __future__ import annotations
 import torch
 
 from ...layout import SharedPrefixLayout
-from ..pruned_attention.reference import segment_logits, softmax_with_sink
+from ..pruned_attention.reference import segment_logits, softmax_with_sink, without_autocast
 
 _QUERIES = 128  # probabilities are held for this many queries at a time
 
 
 @torch.no_grad()
+@without_autocast
 def attention_mass_reference(
     q: torch.Tensor,
     k: torch.Tensor,

@@ -19,6 +19,11 @@ def check_attention(
     sinks: torch.Tensor | None,
 ) -> None:
     """Raises ValueError or TypeError, naming op, argument, what was wanted and what came."""
+    if isinstance(q, torch.Tensor) and q.ndim == 4:
+        raise ValueError(
+            f"{op}: q must be [N, Hq, D], got shape {tuple(q.shape)}; for [1, H, N, D], as transformers has it, pass "
+            "x[0].transpose(0, 1)"
+        )
     check_tensor(op, "q", q, 3)
     check_tensor(op, "k", k, 3)
     check_floating(op, q=q, k=k, sinks=sinks)
@@ -29,15 +34,20 @@ def check_attention(
         )
     N, Hq, D = q.shape
     Hk = k.shape[1]
-    check_shape(op, "k", k, (N, Hk, D), "to match q [N, Hq, D]")
     if layout.num_tokens != N:
-        raise ValueError(f"{op}: q has {N} tokens but the layout describes {layout.num_tokens}")
+        raise ValueError(
+            f"{op}: q has {N} tokens but the layout describes {layout.num_tokens}; q must be [N, Hq, D], got "
+            f"{tuple(q.shape)}"
+        )
+    check_shape(op, "k", k, (N, Hk, D), "to match q [N, Hq, D]")
     if Hk == 0 or Hq % Hk:
         raise ValueError(f"{op}: query heads must be a multiple of key heads, got {Hq} and {Hk}")
     if keep is not None:
         check_token_mask(op, "keep", keep, N)
     if sinks is not None:
         check_shape(op, "sinks", check_tensor(op, "sinks", sinks, 1), (Hq,), "to match q's heads")
+    if window is not None and (isinstance(window, bool) or not isinstance(window, (int, torch.SymInt))):
+        raise TypeError(f"{op}: window must be a number of tokens (int) or None, got {window!r}")
     if window is not None and window < 1:
         raise ValueError(f"{op}: window must be at least 1 (a token sees itself), got {window}; None means unlimited")
     if softcap is not None and not softcap > 0:

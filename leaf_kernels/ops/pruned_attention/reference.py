@@ -2,9 +2,24 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import Any
+
 import torch
 
 from ...layout import SharedPrefixLayout
+
+
+def without_autocast(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """`fn` (whose first argument is a tensor) as written: autocast would take its fp32 products back to 16 bits."""
+
+    @functools.wraps(fn)
+    def run(first: torch.Tensor, *args: Any) -> Any:
+        with torch.autocast(first.device.type, enabled=False):
+            return fn(first, *args)
+
+    return run
 
 
 def segment_logits(
@@ -46,6 +61,7 @@ def softmax_with_sink(logits: torch.Tensor, sinks: torch.Tensor | None) -> tuple
     return torch.where(has_key[..., None], probabilities, 0), torch.where(has_key, lse, float("-inf"))
 
 
+@without_autocast
 def pruned_attention_reference(
     q: torch.Tensor,
     k: torch.Tensor,

@@ -46,7 +46,7 @@ def pruned_attention_vendor(
     }
     for what, asked in refused.items():
         if asked:
-            raise ValueError(f"{_OP}: impl={impl.value!r} does not serve {what}; use impl='triton' or impl='auto'")
+            raise ValueError(f"{_OP}: impl={impl.value!r} does not serve {what}; use impl='auto'")
     left = -1 if window is None else window - 1  # keys that a query sees to its left; -1: all
     if impl is Impl.TORCH_VARLEN:
         return _torch_varlen(q, k, v, layout, scale, left)
