@@ -28,7 +28,7 @@ def layouts() -> dict[str, SharedPrefixLayout]:
     """Together: own and prefix lengths 0, 1, BLOCK-1, BLOCK, BLOCK+1 and 3*BLOCK+7, empty segments everywhere, a tail."""
     return {
         "short": SharedPrefixLayout.from_lengths([0, BLOCK - 1, 1, 0, BLOCK + 1, 0], num_tokens=2 * BLOCK + 4),
-        "long": SharedPrefixLayout.from_lengths([3 * BLOCK + 7, BLOCK]),
+        "long": SharedPrefixLayout.from_lengths([3 * BLOCK + 7, 2]),
         "prefix": packed((2 * BLOCK + 1, [(BLOCK, 1), (BLOCK - 1, BLOCK + 1), (2 * BLOCK, 1), (1, 0)]), (3, [(3, 2)])),
         "long_prefix": packed((0, []), (3 * BLOCK + 7, [(3 * BLOCK, BLOCK), (BLOCK + 1, BLOCK - 1)]), (2, []), tail=3),
     }

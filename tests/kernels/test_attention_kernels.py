@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from leaf_kernels import SharedPrefixLayout, pruned_attention
 from leaf_kernels.testing import assert_close_to_fp64, guarded_outputs, pairwise
 
-HEADS = {"1": (2, 2), "3": (3, 1), "4": (8, 2), "6": (6, 1), "7": (7, 1), "8": (8, 1), "mqa": (18, 1)}  # 18 > BLOCK
+HEADS = {"1": (2, 2), "3": (6, 2), "4": (4, 1), "6": (6, 1), "7": (7, 1), "8": (8, 1), "mqa": (17, 1)}  # 17 > BLOCK
 FACTORS = {
     "group": list(HEADS),
     "head_dim": [64, 80, 96, 128, 192, 256, 24],
@@ -105,7 +105,7 @@ def test_random_cases(seed: int):
     check({factor: draw.choice(values) for factor, values in FACTORS.items()}, times=5.0)
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(
     st.lists(
         st.tuples(st.integers(0, 20), st.lists(st.tuples(st.integers(0, 20), st.integers(0, 18)), max_size=2)),
