@@ -330,7 +330,8 @@ def test_twenty_layouts_compile_once(deterministic: bool):
     def run(layout: SharedPrefixLayout) -> None:
         layout = layout.to(DEVICE)
         tensors = inputs(layout.num_tokens, shape)
-        attend(*tensors, layout, deterministic=deterministic)
+        upstream_lse = torch.ones(shape.Hq, len(tensors[0]), device=DEVICE)  # its stride is a number of tokens
+        attend(*tensors, layout, upstream_lse=upstream_lse, deterministic=deterministic)
         attention_mass(*tensors[:2], layout, queries=torch.ones(len(tensors[0]), device=DEVICE).bool(), impl=IMPL)
 
     with compilations() as first:
@@ -455,7 +456,8 @@ def test_vendor_kernels_agree(impl: str, module: str, name: str):
     tensors = inputs(layout.num_tokens, SHAPES[name])
     plain, oracle = judge(*tensors, layout)
     for choice in (IMPL, impl):
-        out = pruned_attention(*tensors[:3], layout, impl=choice)
+        # torch's varlen backward is deterministic only where torch is told to be, and refuses our default
+        out = pruned_attention(*tensors[:3], layout, impl=choice, deterministic=choice != "torch_varlen")
         gradients = torch.autograd.grad(out, tensors[:3], tensors[3])
         for part, actual in zip(("out", "dq", "dk", "dv"), (out, *gradients)):
             with naming(f"{choice} {part}"):
@@ -465,5 +467,5 @@ def test_vendor_kernels_agree(impl: str, module: str, name: str):
 @pytest.mark.parametrize("impl", ["torch_varlen", "flash_attn"])
 def test_vendor_kernels_refuse_prefixes(impl: str):
     layout = pack(1).to(DEVICE)
-    with pytest.raises((ValueError, NotImplementedError, ImportError)):
+    with pytest.raises(ValueError, match="share prefixes"):
         pruned_attention(*inputs(layout.num_tokens, LLAMA_1B)[:3], layout, impl=impl)
