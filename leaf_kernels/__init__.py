@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .ops.attention_mass.api import attention_mass as attention_mass
     from .ops.linear_kl.api import linear_cross_entropy as linear_cross_entropy
     from .ops.linear_kl.api import linear_kl as linear_kl
+    from .ops.linear_kl.api import linear_kl_topk as linear_kl_topk
     from .ops.pruned_attention.api import pruned_attention as pruned_attention
     from .ops.token_scores.api import flag_tokens as flag_tokens
     from .ops.token_scores.api import flagged_spans as flagged_spans
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from .types import Impl as Impl
     from .types import LinearCrossEntropyOutput as LinearCrossEntropyOutput
     from .types import LinearKLOutput as LinearKLOutput
+    from .types import LinearKLTopkOutput as LinearKLTopkOutput
     from .types import TokenScores as TokenScores
 
 _HOME = {
@@ -31,6 +33,7 @@ _HOME = {
     "Impl": ".types",
     "LinearCrossEntropyOutput": ".types",
     "LinearKLOutput": ".types",
+    "LinearKLTopkOutput": ".types",
     "SharedPrefixLayout": ".layout",
     "TokenScores": ".types",
     "attention_mass": ".ops.attention_mass.api",
@@ -38,6 +41,7 @@ _HOME = {
     "flagged_spans": ".ops.token_scores.api",
     "linear_cross_entropy": ".ops.linear_kl.api",
     "linear_kl": ".ops.linear_kl.api",
+    "linear_kl_topk": ".ops.linear_kl.api",
     "pack_groups": ".packing",
     "pruned_attention": ".ops.pruned_attention.api",
     "token_scores": ".ops.token_scores.api",

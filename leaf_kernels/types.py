@@ -25,6 +25,14 @@ class LinearKLOutput(NamedTuple):
     per_token: torch.Tensor  # [N], detached; the unweighted t²·D of each row, 0 where the row was not used
 
 
+class LinearKLTopkOutput(NamedTuple):
+    """Result of `linear_kl_topk`."""
+
+    loss: torch.Tensor  # scalar, fp32 (fp64 for fp64 inputs), differentiable
+    per_token: torch.Tensor  # [N], detached; the unweighted t²·D of each row, 0 where the row was not used
+    covered_mass: torch.Tensor  # [N], detached; the teacher's probability of its K tokens, 0 where the row was not used
+
+
 class LinearCrossEntropyOutput(NamedTuple):
     """Result of `linear_cross_entropy`."""
 

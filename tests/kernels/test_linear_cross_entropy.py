@@ -11,8 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from leaf_kernels import linear_cross_entropy, linear_kl
-from leaf_kernels.ops.linear_kl.chunked import linear_cross_entropy_chunked
-from leaf_kernels.ops.linear_kl.head import Head
+from leaf_kernels.ops.linear_kl import op
 from leaf_kernels.testing import assert_close_to_fp64, record_allocations, refuse_host_sync
 
 IMPLS = ["auto", "reference"]
@@ -72,8 +71,9 @@ def test_chunked_is_the_specification(softcap, scale, vocab_size, weighted, rows
 
 def test_chunks_add_up():
     hidden, weight, labels = inputs()
-    head, w = Head(hidden, weight, None, None, 1.0), weights()
-    losses = [linear_cross_entropy_chunked(head, labels, None, w, torch.float64, c)[0] for c in (1, 4, 100)]
+    losses = [
+        linear_cross_entropy(hidden, weight, labels, token_weight=weights(), chunk_rows=c).loss for c in (1, 4, 100)
+    ]
     grads = [torch.autograd.grad(loss, (hidden, weight)) for loss in losses]
     for loss, grad in zip(losses, grads):
         torch.testing.assert_close(loss, losses[-1])
@@ -149,15 +149,18 @@ def test_a_small_divisor_keeps_its_digits_in_fp16():
     assert torch.equal(scaled, plain)
 
 
-def test_frozen_head_costs_no_weight_gradient():
+def test_frozen_head_costs_no_weight_gradient(monkeypatch):
+    monkeypatch.setattr(op, "_topk", op.topk)  # recorders do not see inside an operator
     hidden, weight, labels = inputs(8, 500, 64, torch.float32)
     with record_allocations() as sizes:
         linear_cross_entropy(hidden, weight.detach(), labels).loss.backward()
+    assert 8 * 500 in sizes, "the recorder sees the logits"
     assert max(sizes) < weight.numel()
     assert hidden.grad is not None
 
 
-def test_no_host_sync_with_rows():
+def test_no_host_sync_with_rows(monkeypatch):
+    monkeypatch.setattr(op, "_topk", op.topk)
     hidden, weight, labels = inputs()
     with refuse_host_sync():
         linear_cross_entropy(hidden, weight, labels, token_weight=weights(), rows=torch.arange(5)).loss.backward()
@@ -169,6 +172,8 @@ def test_no_host_sync_with_rows():
         ({"labels": torch.zeros(N)}, TypeError, "labels must be torch.int64"),
         ({"labels": torch.zeros(N - 1, dtype=torch.int64)}, ValueError, "labels must have shape"),
         ({"labels": torch.full((N,), V)}, (IndexError, RuntimeError), "out of bounds"),
+        ({"labels": torch.full((N,), -1)}, (IndexError, RuntimeError), "out of bounds"),
+        ({"chunk_rows": 0}, ValueError, "chunk_rows must be at least 1"),
         ({"token_weight": torch.ones(N - 1)}, ValueError, "token_weight must have shape"),
         ({"vocab_size": V + 1}, ValueError, "vocab_size must be between 1 and the 17 rows"),
         ({"weight": torch.zeros(V, D)}, TypeError, "share one dtype"),

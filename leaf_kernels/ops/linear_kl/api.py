@@ -1,19 +1,27 @@
-"""`linear_kl` and `linear_cross_entropy`: what a user reads."""
+"""`linear_kl`, `linear_kl_topk` and `linear_cross_entropy`: what a user reads."""
 
 from __future__ import annotations
-
-import math
 
 import torch
 
 from ..._runtime.checks import check_device, check_dtype, check_floating, check_shape, check_tensor, compute_dtype
-from ..._runtime.dispatch import resolve_impl
-from ...types import Impl, LinearCrossEntropyOutput, LinearKLOutput
-from .chunked import linear_cross_entropy_chunked, linear_kl_chunked
-from .head import Head, accumulator_dtype
-from .reference import linear_cross_entropy_reference, linear_kl_reference
+from ...types import Impl, LinearCrossEntropyOutput, LinearKLOutput, LinearKLTopkOutput
+from .arguments import (
+    check_numbers,
+    check_token_weight,
+    first_tokens,
+    head,
+    implementation,
+    named,
+    scatter,
+    useful_rows,
+)
+from .head import accumulator_dtype
+from .op import linear_kl_fused, linear_kl_topk_fused
+from .reference import linear_cross_entropy_reference, linear_kl_reference, linear_kl_topk_reference
 
 _DIVERGENCES = ("forward_kl", "reverse_kl", "jsd")
+_TAILS = ("bucket", "renormalise")
 
 
 def linear_kl(
@@ -64,8 +72,9 @@ def linear_kl(
         student_softcap, teacher_softcap: tanh cap c > 0 on the scaled logits; None = none.
         student_logit_scale, teacher_logit_scale: factor on the logits.
         chunk_rows: rows projected at a time; None = a fixed function of V, Ds and the dtype. Only rounding depends on it.
-        impl: "auto" | "reference" | "triton". Auto without a Triton kernel: chunks of rows, gradients computed in the
-            forward. "reference": the specification, which holds all logits.
+        impl: "auto" | "triton" | "reference". Triton: chunks of rows, one kernel on their logits between matrix products,
+            gradients computed in the forward; auto takes it on NVIDIA GPUs, and on a CPU the same chunks in plain torch.
+            "reference": the specification, which holds all logits.
 
     Returns:
         loss: scalar, fp32 (fp64 when computing in fp64). per_token: [N], t² D of each row without its weight, 0 where a row
@@ -77,16 +86,17 @@ def linear_kl(
     Numerics: operands are rounded to autocast's dtype when it is active (fp32 parameters are fine then), otherwise all
     tensors must share one dtype. Logits, losses and accumulators are fp32 (fp64 for fp64).
 
-    Memory: scratch of the larger of 128 MiB and the fp32 weight gradient, at most 2 GiB, plus the gradients that were asked
-    for; nothing grows with N · V. Under `no_grad` no gradient is computed.
+    Memory, beside the gradients that were asked for (dW in fp32 until the backward) and 16-bit casts of the weights: scratch
+    for the logits of one chunk, at most 2 GiB, and at most the larger of 128 MiB and dW on a CPU; nothing grows with N · V.
+    Under `no_grad` no gradient is computed.
 
     Raises:
         ValueError, TypeError: naming the argument; for instance a teacher tensor that requires grad, vocabularies that
             differ without `vocab_size`, a DTensor.
     """
     op = "linear_kl"
-    student = _head(op, "student_", student_hidden, student_weight, student_bias, student_softcap, student_logit_scale)
-    teacher = _head(op, "teacher_", teacher_hidden, teacher_weight, teacher_bias, teacher_softcap, teacher_logit_scale)
+    student = head(op, "student_", student_hidden, student_weight, student_bias, student_softcap, student_logit_scale)
+    teacher = head(op, "teacher_", teacher_hidden, teacher_weight, teacher_bias, teacher_softcap, teacher_logit_scale)
     for name, tensor in (("hidden", teacher.hidden), ("weight", teacher.weight), ("bias", teacher.bias)):
         if tensor is not None and tensor.requires_grad:
             raise ValueError(f"{op}: teacher_{name} requires grad, but the teacher is a constant; pass it .detach()-ed")
@@ -98,7 +108,7 @@ def linear_kl(
             f"{op}: student_weight has {len(student_weight)} rows but teacher_weight has {len(teacher_weight)}; "
             "compare the two tokenizers and pass vocab_size= (the number of tokens that they share)"
         )
-    student, teacher = _slice(op, student, vocab_size), _slice(op, teacher, vocab_size)
+    student, teacher = first_tokens(op, student, vocab_size), first_tokens(op, teacher, vocab_size)
     if divergence not in _DIVERGENCES:
         raise ValueError(f"{op}: divergence must be one of {', '.join(map(repr, _DIVERGENCES))}, got {divergence!r}")
     if divergence == "jsd" and (beta is None or not 0 < beta < 1):
@@ -107,23 +117,95 @@ def linear_kl(
         )
     if divergence != "jsd" and beta is not None:
         raise ValueError(f"{op}: beta={beta} has no meaning for divergence={divergence!r}; it belongs to 'jsd'")
-    if not 0 < temperature < math.inf:
-        raise ValueError(f"{op}: temperature must be positive, got {temperature}")
-    if chunk_rows is not None and chunk_rows < 1:
-        raise ValueError(f"{op}: chunk_rows must be at least 1, got {chunk_rows}")
+    check_numbers(op, temperature, chunk_rows)
     device = student_hidden.device
     check_device(op, device, teacher_hidden=teacher_hidden, token_weight=token_weight, rows=rows)
-    dtype = compute_dtype(op, device, **_named("student_", student), **_named("teacher_", teacher))
-    rows, row_weight = _useful_rows(op, N, token_weight, rows, dtype, device)
+    dtype = compute_dtype(op, device, **named("student_", student), **named("teacher_", teacher))
+    rows, row_weight = useful_rows(op, N, token_weight, rows, dtype, device)
 
-    resolve_impl(op, impl, device)  # refuses what cannot be served; the Triton kernel is still to come
+    how = implementation(op, impl, device, dtype)
     arguments = (student, teacher, rows, row_weight, temperature, divergence, beta or 0.0, dtype)
     with torch.autocast(device.type, enabled=False):
-        if Impl(impl) is Impl.REFERENCE:
+        if how == "specification":
             loss, values = linear_kl_reference(*arguments)
         else:
-            loss, values = linear_kl_chunked(*arguments, chunk_rows)
-    return LinearKLOutput(loss, _scatter(N, rows, row_weight, values))
+            loss, values = linear_kl_fused(*arguments, chunk_rows, triton=how == "triton")
+    return LinearKLOutput(loss, scatter(N, rows, row_weight, values))
+
+
+def linear_kl_topk(
+    student_hidden: torch.Tensor,
+    student_weight: torch.Tensor,
+    topk_ids: torch.Tensor,
+    topk_logprobs: torch.Tensor,
+    *,
+    token_weight: torch.Tensor | None = None,
+    rows: torch.Tensor | None = None,
+    temperature: float = 1.0,
+    tail: str = "bucket",
+    vocab_size: int | None = None,
+    student_bias: torch.Tensor | None = None,
+    student_softcap: float | None = None,
+    student_logit_scale: float = 1.0,
+    chunk_rows: int | None = None,
+    impl: str | Impl = "auto",
+) -> LinearKLTopkOutput:
+    """Forward KL from a teacher of whom only the K most probable tokens of each row are known, without student logits.
+
+    loss = Σ_n w_n t² D_n, with p_k the teacher's and q_k the student's probabilities of the K tokens at temperature t:
+
+    - bucket: D = Σ_k p_k (log p_k − log q_k) + τ (log τ − log σ), τ = 1 − Σ_k p_k and σ = 1 − Σ_k q_k: the KL of K + 1
+      outcomes, the last of which is "any other token". Never more than the full KL, and 0 if q = p.
+    - renormalise: D = Σ_k p̂_k (log p̂_k − log q̂_k), p̂ = p / Σ_k p_k and q̂ = q / Σ_k q_k: the KL given that the token is one
+      of the K. What the student does beside them is left free.
+
+    Args:
+        student_hidden, student_weight: [N, D] and [V, D], any strides.
+        topk_ids: [N, K] int64, distinct in a row, in [0, V) (`vocab_size` if given); −1 = padding.
+        topk_logprobs: [N, K] floating point: log-softmax of the teacher's logits / t over its whole vocabulary, at these
+            ids; a constant. Not looked at where the id is −1.
+        token_weight, rows, temperature, vocab_size, student_bias, student_softcap, student_logit_scale, chunk_rows, impl: as
+            in `linear_kl`.
+        tail: "bucket" | "renormalise".
+
+    Returns:
+        loss: scalar, fp32 (fp64 when computing in fp64). per_token: [N], t² D of each row without its weight; detached.
+        covered_mass: [N], Σ_k p_k, how much of the teacher the K tokens are. Both are 0 where a row was not used.
+
+    Gradients, numerics, memory and errors as in `linear_kl`. σ is summed over the other tokens, not subtracted from 1, so a
+    student that is sure of the K tokens has exact gradients too. An id outside the vocabulary raises a RuntimeError on a
+    CPU and trips a device-side assertion on a GPU.
+    """
+    op = "linear_kl_topk"
+    student = head(op, "student_", student_hidden, student_weight, student_bias, student_softcap, student_logit_scale)
+    student = first_tokens(op, student, vocab_size)
+    N, device = len(student_hidden), student_hidden.device
+    check_dtype(op, "topk_ids", check_tensor(op, "topk_ids", topk_ids, 2), torch.int64)
+    check_shape(op, "topk_ids", topk_ids, (N, topk_ids.shape[1]), "to match student_hidden [N, D]")
+    check_tensor(op, "topk_logprobs", topk_logprobs, 2)
+    check_shape(op, "topk_logprobs", topk_logprobs, tuple(topk_ids.shape), "to match topk_ids [N, K]")
+    check_floating(op, topk_logprobs=topk_logprobs)
+    if topk_logprobs.requires_grad:
+        raise ValueError(f"{op}: topk_logprobs requires grad, but the teacher is a constant; pass it .detach()-ed")
+    if tail not in _TAILS:
+        raise ValueError(f"{op}: tail must be one of {', '.join(map(repr, _TAILS))}, got {tail!r}")
+    check_numbers(op, temperature, chunk_rows)
+    check_device(op, device, topk_ids=topk_ids, topk_logprobs=topk_logprobs, token_weight=token_weight, rows=rows)
+    dtype = compute_dtype(op, device, **named("student_", student))
+    rows, row_weight = useful_rows(op, N, token_weight, rows, dtype, device)
+    # Padding where a row has no weight: what it holds does not matter
+    ids = torch.where(row_weight[:, None] != 0, topk_ids if rows is None else topk_ids[rows], -1)
+    logprobs = (topk_logprobs if rows is None else topk_logprobs[rows]).to(row_weight.dtype)
+    covered = torch.where(ids >= 0, logprobs.exp(), 0).sum(1)
+
+    how = implementation(op, impl, device, dtype)
+    arguments = (student, ids, logprobs, rows, row_weight, temperature, tail == "bucket", dtype)
+    with torch.autocast(device.type, enabled=False):
+        if how == "specification":
+            loss, values = linear_kl_topk_reference(*arguments)
+        else:
+            loss, values = linear_kl_topk_fused(*arguments, chunk_rows, triton=how == "triton")
+    return LinearKLTopkOutput(loss, *(scatter(N, rows, row_weight, x) for x in (values, covered)))
 
 
 def linear_cross_entropy(
@@ -137,6 +219,7 @@ def linear_cross_entropy(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     vocab_size: int | None = None,
+    chunk_rows: int | None = None,
     impl: str | Impl = "auto",
 ) -> LinearCrossEntropyOutput:
     """Cross-entropy of a linear head's next-token distribution, without ever holding its logits.
@@ -151,7 +234,7 @@ def linear_cross_entropy(
         rows: [M] int64, the rows to use. None = the rows of non-zero weight and a label, which costs one host sync.
         bias: [V]. softcap: tanh cap c > 0 on the scaled logits. logit_scale: factor on the logits.
         vocab_size: use the first `vocab_size` rows of weight and bias (padded embeddings).
-        impl: as in `linear_kl`.
+        chunk_rows, impl: as in `linear_kl`.
 
     Returns:
         loss: scalar, fp32 (fp64 when computing in fp64). per_token: [N], the cross-entropy of each row without its weight, 0
@@ -162,98 +245,29 @@ def linear_cross_entropy(
     a CPU and trips a device-side assertion on a GPU.
     """
     op = "linear_cross_entropy"
-    head = _slice(op, _head(op, "", hidden, weight, bias, softcap, logit_scale), vocab_size)
+    check_numbers(op, 1.0, chunk_rows)
+    linear = first_tokens(op, head(op, "", hidden, weight, bias, softcap, logit_scale), vocab_size)
     N, device = len(hidden), hidden.device
     check_dtype(op, "labels", check_tensor(op, "labels", labels, 1), torch.int64)
     check_shape(op, "labels", labels, (N,), "to match hidden [N, D]")
     check_device(op, device, labels=labels, token_weight=token_weight, rows=rows)
-    dtype = compute_dtype(op, device, **_named("", head))
+    dtype = compute_dtype(op, device, **named("", linear))
     labelled = (labels != -100).to(accumulator_dtype(dtype))
     if token_weight is not None:
-        _check_token_weight(op, N, token_weight)
+        check_token_weight(op, N, token_weight)
         labelled = torch.where(labelled != 0, token_weight.to(labelled.dtype), 0)
-    rows, row_weight = _useful_rows(op, N, labelled, rows, dtype, device)
+    rows, row_weight = useful_rows(op, N, labelled, rows, dtype, device)
     row_labels = torch.where(row_weight != 0, labels[rows], 0)
 
-    resolve_impl(op, impl, device)  # refuses what cannot be served; the Triton kernel is still to come
-    implementation = linear_cross_entropy_reference if Impl(impl) is Impl.REFERENCE else linear_cross_entropy_chunked
+    how = implementation(op, impl, device, dtype)
     with torch.autocast(device.type, enabled=False):
-        loss, values = implementation(head, row_labels, rows, row_weight, dtype)
-    return LinearCrossEntropyOutput(loss, _scatter(N, rows, row_weight, values))
-
-
-def _head(
-    op: str,
-    prefix: str,
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    softcap: float | None,
-    logit_scale: float,
-) -> Head:
-    check_tensor(op, f"{prefix}hidden", hidden, 2)
-    check_tensor(op, f"{prefix}weight", weight, 2)
-    if bias is not None:
-        check_tensor(op, f"{prefix}bias", bias, 1)
-    tensors = {f"{prefix}hidden": hidden, f"{prefix}weight": weight, f"{prefix}bias": bias}
-    check_floating(op, **tensors)
-    check_device(op, hidden.device, **tensors)
-    if weight.numel() == 0:
-        raise ValueError(
-            f"{op}: {prefix}weight is empty, got shape {tuple(weight.shape)}; gather it if it is sharded (FSDP, ZeRO-3)"
-        )
-    check_shape(op, f"{prefix}weight", weight, (len(weight), hidden.shape[1]), f"to match {prefix}hidden [N, D]")
-    if bias is not None:
-        check_shape(op, f"{prefix}bias", bias, (len(weight),), f"to match {prefix}weight [V, D]")
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"{op}: {prefix}softcap must be positive, got {softcap}; None means no cap")
-    return Head(hidden, weight, bias, softcap, logit_scale)
-
-
-def _slice(op: str, head: Head, vocab_size: int | None) -> Head:
-    """The head of the first `vocab_size` tokens."""
-    if vocab_size is None:
-        return head
-    V = len(head.weight)
-    if not 0 < vocab_size <= V:
-        raise ValueError(f"{op}: vocab_size must be between 1 and the {V} rows of the smaller weight, got {vocab_size}")
-    return head._replace(weight=head.weight[:vocab_size], bias=None if head.bias is None else head.bias[:vocab_size])
-
-
-def _named(prefix: str, head: Head) -> dict[str, torch.Tensor | None]:
-    return {f"{prefix}hidden": head.hidden, f"{prefix}weight": head.weight, f"{prefix}bias": head.bias}
-
-
-def _check_token_weight(op: str, N: int, token_weight: torch.Tensor) -> None:
-    check_shape(
-        op, "token_weight", check_tensor(op, "token_weight", token_weight, 1), (N,), "to match the hidden states"
-    )
-    check_floating(op, token_weight=token_weight)
-    if token_weight.requires_grad:
-        raise ValueError(f"{op}: token_weight requires grad, but it is a constant; pass it .detach()-ed")
-
-
-def _useful_rows(
-    op: str,
-    N: int,
-    token_weight: torch.Tensor | None,
-    rows: torch.Tensor | None,
-    dtype: torch.dtype,
-    device: torch.device,
-) -> tuple[torch.Tensor | None, torch.Tensor]:
-    """The rows to project, None = all of them, and their weights [M]."""
-    if rows is not None:
-        check_dtype(op, "rows", check_tensor(op, "rows", rows, 1), torch.int64)
-    wide = accumulator_dtype(dtype)
-    if token_weight is None:
-        return rows, torch.ones(N if rows is None else len(rows), dtype=wide, device=device)
-    _check_token_weight(op, N, token_weight)
-    if rows is None:
-        rows = token_weight.nonzero().squeeze(1)  # the one host sync of the contract
-    return rows, token_weight[rows].to(wide)
-
-
-def _scatter(N: int, rows: torch.Tensor | None, row_weight: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    """[N] per-token values, 0 on rows that were not used."""
-    values = torch.where(row_weight != 0, values, 0)
-    return values if rows is None else values.new_zeros(N).index_copy_(0, rows, values)
+        if how == "specification":
+            loss, values = linear_cross_entropy_reference(linear, row_labels, rows, row_weight, dtype)
+        else:
+            # A teacher that gives the label all of its mass. A negative label is beyond the vocabulary, not padding.
+            ids = torch.where(row_labels < 0, len(linear.weight), row_labels)[:, None]
+            loss, values = linear_kl_topk_fused(
+                linear, ids, torch.zeros_like(ids, dtype=row_weight.dtype), rows, row_weight, 1.0, True, dtype, chunk_rows,
+                triton=how == "triton",
+            )  # fmt: skip
+    return LinearCrossEntropyOutput(loss, scatter(N, rows, row_weight, values))

@@ -1,4 +1,4 @@
-"""A linear layer on top of hidden states, as `linear_kl` and `linear_cross_entropy` see it."""
+"""A linear layer on top of hidden states, as the ops see it."""
 
 from __future__ import annotations
 
@@ -19,6 +19,37 @@ class Head(NamedTuple):
     bias: torch.Tensor | None  # [V]
     softcap: float | None
     logit_scale: float
+
+
+class LogitMap(NamedTuple):
+    """What happens to a head's products x = h Wᵀ: z = softcap(scale · (x + b)) / t."""
+
+    bias: torch.Tensor | None  # [V], fp32 (fp64 for fp64)
+    softcap: float | None
+    scale: float
+    temperature: float
+
+    @classmethod
+    def of(cls, head: Head, temperature: float, dtype: torch.dtype) -> LogitMap:
+        bias = None if head.bias is None else head.bias.to(accumulator_dtype(dtype))
+        return cls(bias, head.softcap, head.logit_scale, temperature)
+
+    def apply_(self, products: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """In place; `bias` is that of the columns at hand."""
+        if bias is not None:
+            products += bias
+        if self.softcap is not None:
+            products.mul_(self.scale / self.softcap).tanh_().mul_(self.softcap / self.temperature)
+        elif self.scale != self.temperature:
+            products *= self.scale / self.temperature
+        return products if bias is None else products.clamp_(min=LOGIT_FLOOR)
+
+    def through_softcap_(self, gradient: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+        """gradient *= 1 − tanh²; overwrites `z`, where −inf stands for a logit that has no gradient."""
+        if self.softcap is not None:
+            tanh = z.mul_(self.temperature / self.softcap).clamp_(min=-1)
+            gradient.addcmul_(gradient, tanh.square_(), value=-1)
+        return gradient
 
 
 def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -1,4 +1,4 @@
-"""The specification of `linear_kl` and `linear_cross_entropy`: plain torch under ordinary autograd.
+"""The specification of `linear_kl`, `linear_kl_topk` and `linear_cross_entropy`: plain torch under ordinary autograd.
 
 Operands are rounded to the compute dtype, everything after that is fp32 (fp64 for fp64). It holds all logits. Under
 autocast, autograd rounds the gradient of a cast operand to the compute dtype on its way back; other implementations do not.
@@ -55,6 +55,39 @@ def linear_kl_reference(
     else:
         log_mean = torch.logaddexp(log_teacher + math.log(beta), log_student + math.log1p(-beta))
         value = beta * _kl(log_teacher, log_mean) + (1 - beta) * _kl(log_student, log_mean)
+    value = temperature**2 * value
+    return (row_weight * value).sum(), value.detach()
+
+
+def linear_kl_topk_reference(
+    student: Head,
+    ids: torch.Tensor,
+    log_probs: torch.Tensor,
+    rows: torch.Tensor | None,
+    row_weight: torch.Tensor,
+    temperature: float,
+    bucket: bool,
+    dtype: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """loss and the [M] divergences of the rows (t² included); ids and log_probs are [M, K]. See `linear_kl_topk`."""
+    z = _logits(student, rows, row_weight, temperature, dtype)
+    present = ids >= 0
+    index = torch.where(present, ids, 0)
+    kept = torch.zeros_like(z).scatter_add_(1, index, present.to(z)) > 0
+    log_teacher = torch.where(present, log_probs.to(z), -torch.inf)
+    if bucket:
+        log_student = F.log_softmax(z, -1)
+        nothing_left = kept.all(-1, keepdim=True)
+        log_tail = log_student.masked_fill(kept & ~nothing_left, -torch.inf).logsumexp(-1)
+        tail = (1 - log_teacher.exp().sum(-1)).clamp(min=0).masked_fill(nothing_left[:, 0], 0)
+        value = torch.where(tail > 0, tail * (tail.log() - log_tail), 0)
+    else:
+        nothing_kept = ~present.any(-1, keepdim=True)
+        log_student = z - torch.where(kept | nothing_kept, z, -torch.inf).logsumexp(-1, keepdim=True)
+        log_teacher = log_teacher - torch.where(nothing_kept, 0, log_teacher.logsumexp(-1, keepdim=True))
+        value = torch.zeros_like(z[:, 0])
+    p_teacher = log_teacher.exp()
+    value = value + torch.where(p_teacher > 0, p_teacher * (log_teacher - log_student.gather(1, index)), 0).sum(-1)
     value = temperature**2 * value
     return (row_weight * value).sum(), value.detach()
 
