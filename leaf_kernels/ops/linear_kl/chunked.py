@@ -12,6 +12,7 @@ whatever the divisor inside w is, and the backward's multiplication by P rounds 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -138,7 +139,8 @@ def linear_kl_topk_chunked(
         value = value + _product(teacher, log_teacher - log_student).sum(1)
         if gradient is not None:
             kept = (log_student.exp() - teacher) * relative[:, None]
-            gradient.scatter_add_(1, index, rows.student.through_softcap_(kept, z).to(gradient.dtype))
+            bias = None if student.bias is None else student.bias[index]
+            gradient.scatter_add_(1, index, rows.student.backward_(kept, z, bias).to(gradient.dtype))
         return value, gradient
 
     return _accumulate(student, options, rows, step)
@@ -167,12 +169,12 @@ def _accumulate(head: Head, options: Options, rows: TorchRows, step: Step) -> Re
     projection, row_weight = _Projection(head, options), options.row_weight
     (M,), (V, D), t = row_weight.shape, head.weight.shape, options.temperature
     want_hidden, want_weight, want_bias = options.wants
-    wide = {"dtype": row_weight.dtype, "device": row_weight.device}
-    values = torch.empty(M, **wide)
+    new = functools.partial(torch.empty, dtype=row_weight.dtype, device=row_weight.device)
+    values = new(M)
     dhidden = torch.empty((M, D) if want_hidden else 0, dtype=head.hidden.dtype, device=row_weight.device)
-    dweight, dbias = torch.zeros((V, D) if want_weight else 0, **wide), torch.zeros(V if want_bias else 0, **wide)
+    dweight, dbias = new((V, D) if want_weight else 0).zero_(), new(V if want_bias else 0).zero_()
     products, chunk_rows = rows.new_products(), max(min(options.chunk_rows, M), 1)
-    spare = torch.empty((chunk_rows, D) if want_hidden and dhidden.dtype != row_weight.dtype else 0, **wide)
+    spare = new((chunk_rows, D) if want_hidden and dhidden.dtype != row_weight.dtype else 0)
     power, relative = _split(row_weight * (t * head.logit_scale))
     for start in range(0, M, chunk_rows):
         chunk = slice(start, min(start + chunk_rows, M))

@@ -44,8 +44,13 @@ class LogitMap(NamedTuple):
             products *= self.scale / self.temperature
         return products if bias is None else products.clamp_(min=LOGIT_FLOOR)
 
-    def through_softcap_(self, gradient: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
-        """gradient *= 1 − tanh²; overwrites `z`, where −inf stands for a logit that has no gradient."""
+    def backward_(self, gradient: torch.Tensor, z: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """From dD/dz to dD/dx but for the factor scale / t, in place: times 1 − tanh², and 0 for a banned token.
+
+        Overwrites `z`, where −inf stands for a logit that has no gradient.
+        """
+        if bias is not None:
+            gradient.mul_(bias.isfinite())
         if self.softcap is not None:
             tanh = z.mul_(self.temperature / self.softcap).clamp_(min=-1)
             gradient.addcmul_(gradient, tanh.square_(), value=-1)

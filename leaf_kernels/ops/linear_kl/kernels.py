@@ -23,7 +23,7 @@ FIRST_PIVOT = tl.constexpr(-3e38)
 def logits(
     row, bias, column, vocab, width, scale, softcap, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr
 ):  # fmt: skip
-    """(z, 1 − tanh²) at the columns of a row."""
+    """(z, dz/dx up to the factor scale) at the columns of a row."""
     # `width` is a multiple of 16 and `vocab` may not be: this mask leaves 16-byte loads possible
     x = tl.load(row + column, mask=column < width, other=0.0)
     exists = (column < vocab) & (x > float("-inf"))
@@ -32,6 +32,7 @@ def logits(
     z, slope = capped(x, scale, softcap, HAS_SOFTCAP)
     if HAS_BIAS:
         z = tl.maximum(z, FLOOR)
+        slope = tl.where(tl.abs(x) < float("inf"), slope, 0.0)  # a banned token
     return tl.where(exists, z, NO_LOGIT), slope
 
 
@@ -69,7 +70,7 @@ def divergence_rows(
 ):  # fmt: skip
     """value [rows] = D and gradient [rows, width] = dD/dx · relative, without the factor scale / t.
 
-    With pivots M and sums L of both softmaxes, KL(p‖q) = Σ e^{z_p − M_p} (z_p − z_q) / L_p − (M_p − M_q) − log L_p + log L_q, so
+    With pivots M and sums L of both softmaxes, KL(p‖q) = Σ e^{z_p − M_p} (z_p − z_q) / L_p − (M_p − M_q) − log L_p + log L_q:
     one pass gives either KL. Its large terms cancel before the small ones are added. jsd needs the normalisers first.
     """
     row = tl.program_id(0).to(tl.int64)

@@ -76,8 +76,8 @@ class _GradientInForward(torch.autograd.Function):
         factor = (upstream * power).view(1)  # a scalar tensor would be rounded to the gradient's dtype first
         # Out of place: the saved tensors must survive a second backward.
         hidden, weight, bias = (
-            None if dtype is None else torch.mul(gradient, factor, out=torch.empty_like(gradient, dtype=dtype))
-            for gradient, dtype in zip(gradients, ctx.dtypes)
+            None if dtype is None else torch.mul(g, factor, out=torch.empty(g.shape, dtype=dtype, device=g.device))
+            for g, dtype in zip(gradients, ctx.dtypes)
         )
         if hidden is not None and rows is not None:
             # added, not copied: a row may be named twice

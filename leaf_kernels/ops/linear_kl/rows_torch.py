@@ -90,7 +90,7 @@ class TorchRows:
     def _finish(self, gradient: torch.Tensor, z: torch.Tensor, factor: torch.Tensor) -> torch.Tensor | None:
         if not self.want_gradient:
             return None
-        self.student.through_softcap_(gradient.mul_(factor[:, None]), z)
+        self.student.backward_(gradient.mul_(factor[:, None]), z, self.student.bias)
         return gradient.to(self.operand_dtype)  # rounded once, where the products take 16-bit operands
 
 

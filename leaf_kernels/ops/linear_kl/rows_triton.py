@@ -80,5 +80,5 @@ def _scales(logit_map: LogitMap) -> tuple[float, float]:
 def _tile(device: torch.device) -> dict[str, int]:
     """Eight logits of a model per thread in flight; small in the interpreter, so that a small vocabulary takes several."""
     if architecture(device) == "interpreter":
-        return {"BLOCK": 32, "num_warps": 4}
+        return {"BLOCK": 64, "num_warps": 4}
     return {"BLOCK": 2048, "num_warps": 8}
