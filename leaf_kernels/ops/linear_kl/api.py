@@ -16,7 +16,7 @@ from .arguments import (
     scatter,
     useful_rows,
 )
-from .head import accumulator_dtype
+from .head import PADDING, accumulator_dtype
 from .op import linear_kl_fused, linear_kl_topk_fused
 from .reference import linear_cross_entropy_reference, linear_kl_reference, linear_kl_topk_reference
 
@@ -194,9 +194,9 @@ def linear_kl_topk(
     dtype = compute_dtype(op, device, **named("student_", student))
     rows, row_weight = useful_rows(op, N, token_weight, rows, dtype, device)
     # Padding where a row has no weight: what it holds does not matter
-    ids = torch.where(row_weight[:, None] != 0, topk_ids if rows is None else topk_ids[rows], -1)
+    ids = torch.where(row_weight[:, None] != 0, topk_ids if rows is None else topk_ids[rows], PADDING)
     logprobs = (topk_logprobs if rows is None else topk_logprobs[rows]).to(row_weight.dtype)
-    covered = torch.where(ids >= 0, logprobs.exp(), 0).sum(1)
+    covered = torch.where(ids != PADDING, logprobs.exp(), 0).sum(1)
 
     how = implementation(op, impl, device, dtype)
     arguments = (student, ids, logprobs, rows, row_weight, temperature, tail == "bucket", dtype)

@@ -1,8 +1,8 @@
 """The loop over chunks of rows behind `linear_kl`, `linear_kl_topk` and `linear_cross_entropy`.
 
 Token weights are known before the forward, so a chunk's logit gradient is turned into dX and dW at once ("gradient in
-forward") and its logits are forgotten; the backward only multiplies by one scalar. With z = softcap(s·(h Wᵀ + b)) / t and D a
-divergence between softmax(z) and a target,
+forward") and its logits are forgotten; the backward only multiplies by one scalar. With z = softcap(s·(h Wᵀ + b)) / t and D
+a divergence between softmax(z) and a target,
 
     d(w t² D) / d(h Wᵀ + b) = w t s (1 − tanh²) dD/dz
 
@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 
 from ..._runtime.mm import addmm_into, mm_into, operand_dtype
-from .head import Head, LogitMap, accumulator_dtype
+from .head import PADDING, Head, LogitMap, accumulator_dtype
 from .rows_torch import Target, TorchRows
 
 # (products [c, V] of the chunk's rows, the chunk, w t s / P [c]) -> (D [c], gradient [c, V]); products may be overwritten,
@@ -118,7 +118,7 @@ def linear_kl_topk_chunked(
     rows = _rows(student, options)
 
     def step(products: torch.Tensor, chunk: slice, relative: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        present = ids[chunk] >= 0
+        present = ids[chunk] != PADDING
         index = torch.where(present, ids[chunk], 0)
         log_teacher = torch.where(present, log_probs[chunk].to(products.dtype), -torch.inf)
         z = rows.take(products, index, present)

@@ -10,6 +10,9 @@ import torch
 # only one of the two models bans gives a huge loss with a finite gradient instead of NaN.
 LOGIT_FLOOR = -1e30
 
+# The id of no token, in `linear_kl_topk`
+PADDING = -1
+
 
 class Head(NamedTuple):
     """z = softcap(logit_scale · (h Wᵀ + b)), with softcap(x) = c · tanh(x / c)."""

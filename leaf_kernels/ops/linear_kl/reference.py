@@ -11,7 +11,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from .head import LOGIT_FLOOR, Head, accumulator_dtype
+from .head import LOGIT_FLOOR, PADDING, Head, accumulator_dtype
 
 
 def _logits(
@@ -71,7 +71,7 @@ def linear_kl_topk_reference(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """loss and the [M] divergences of the rows (t² included); ids and log_probs are [M, K]. See `linear_kl_topk`."""
     z = _logits(student, rows, row_weight, temperature, dtype)
-    present = ids >= 0
+    present = ids != PADDING
     index = torch.where(present, ids, 0)
     kept = torch.zeros_like(z).scatter_add_(1, index, present.to(z)) > 0
     log_teacher = torch.where(present, log_probs.to(z), -torch.inf)
