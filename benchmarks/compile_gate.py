@@ -1,8 +1,8 @@
-"""Every shipped attention configuration, compiled for GPUs that are not there: registers, spills, memory, instructions.
+"""Every shipped kernel configuration, compiled for GPUs that are not there: registers, spills, memory, instructions.
 
     make compile-gate                          # the cases of continuous integration, as tests
     python -m benchmarks.compile_gate --ci     # the same, into benchmarks/results/compile/triton-<version>.csv
-    python -m benchmarks.compile_gate          # all head sizes, options and dtypes: an hour on one core
+    python -m benchmarks.compile_gate          # all sizes, options and dtypes: an hour on one core
 
 Kernels are launched by the code that launches them on a GPU, on tensors of device "meta". The command exits with 1 if a case
 has a problem.
@@ -23,6 +23,9 @@ import torch
 
 from leaf_kernels import SharedPrefixLayout
 from leaf_kernels.ops.attention_mass import op as mass_op
+from leaf_kernels.ops.linear_kl.head import LogitMap
+from leaf_kernels.ops.linear_kl.rows_torch import Target
+from leaf_kernels.ops.linear_kl.rows_triton import TritonRows, tile_of_rows
 from leaf_kernels.ops.pruned_attention import op
 from leaf_kernels.ops.pruned_attention.configs import Tile, fused_tile, tile_for
 from leaf_kernels.ops.pruned_attention.schedule import key_tiles, query_tiles
@@ -33,13 +36,16 @@ KERNELS = ("forward", "row_terms", "backward_q", "backward_kv", "backward_fused"
 # Query heads per key head: a power of two, and one that no tile is a multiple of
 GROUPS = {"none": 4, "window+sinks": 6, "all": 6}
 FUSED = ("sm_90", "sm_100")
+# Passes over logits; their size is the vocabulary, their options are bias and softcap or none
+ROW_PASSES = ("forward_kl", "reverse_kl", "jsd", "tail")
+VOCABULARIES = (128256, 50257)  # a multiple of 16, and not
 
 
 @dataclass(frozen=True)
 class Case:
     arch: str
     kernel: str
-    head_dim: int
+    size: int  # of a head, or of the vocabulary
     options: str = "none"  # of GROUPS; "all" is keep, window, softcap, sinks and lse gradient
     dtype: str = "bfloat16"
 
@@ -58,6 +64,10 @@ def all_cases() -> Iterator[Case]:
     ):
         if kernel != "backward_fused" or (arch in FUSED and head_dim <= 128):
             yield Case(arch, kernel, head_dim, "all", dtype)
+    for arch, kernel, vocab, options, dtype in itertools.product(
+        SHARED_LIMIT, ROW_PASSES, VOCABULARIES, ("none", "all"), ("bfloat16", "float32")
+    ):
+        yield Case(arch, kernel, vocab, options, dtype)
 
 
 def ci_cases() -> Iterator[Case]:
@@ -76,20 +86,34 @@ def ci_cases() -> Iterator[Case]:
         yield Case(arch, "mass", 128, "all")
     for kernel in ("row_terms", "forward", "backward_q", "backward_kv"):
         yield Case("sm_90", kernel, 128, "all", "float32")
+    for arch, kernel, options in itertools.product(
+        ("sm_80", "sm_90", "sm_100"), ("forward_kl", "tail"), ("none", "all")
+    ):
+        yield Case(arch, kernel, 128256, options)
+    for kernel in ("reverse_kl", "jsd", "tail"):
+        yield Case("sm_90", kernel, 50257, "all")
+    yield Case("sm_86", "forward_kl", 50257, "all")
 
 
 def tile_of(case: Case) -> Tile | None:
     """The configuration that a launch of this case takes; inside `compile_offline`."""
     if case.kernel == "row_terms":
         return Tile(0, 0, 0, 0)
+    if case.kernel in ROW_PASSES:
+        rows = tile_of_rows(torch.device("meta"))
+        return Tile(1, rows["BLOCK"], rows["num_warps"], 0)
     find = fused_tile if case.kernel == "backward_fused" else functools.partial(tile_for, case.kernel)
-    return find(case.head_dim, getattr(torch, case.dtype), torch.device("meta"), extras=case.options == "all")
+    return find(case.size, getattr(torch, case.dtype), torch.device("meta"), extras=case.options == "all")
 
 
 def compile_case(case: Case) -> tuple[Tile | None, list[Compiled]]:
     """The kernels of one case (`mass` has two), and the tile that they were compiled with."""
+    if case.kernel in ROW_PASSES:
+        with compile_offline(case.arch) as compiled:
+            run_row_pass(case)
+            return tile_of(case), compiled
     layout = SharedPrefixLayout.from_lengths([100] * 10).to("meta")
-    N, Hk, D = layout.num_tokens, 2, case.head_dim
+    N, Hk, D = layout.num_tokens, 2, case.size
     Hq = Hk * GROUPS[case.options]
     everything = case.options == "all"
     kind = {"dtype": getattr(torch, case.dtype), "device": "meta"}
@@ -120,6 +144,19 @@ def compile_case(case: Case) -> tuple[Tile | None, list[Compiled]]:
     return tile, compiled
 
 
+def run_row_pass(case: Case) -> None:
+    row = torch.empty(8, device="meta")
+    full = case.options == "all"
+    logit_map = LogitMap(torch.empty(case.size, device="meta") if full else None, 30.0 if full else None, 1.0, 1.0)
+    rows = TritonRows(
+        (len(row), case.size), logit_map, like=row, operand_dtype=getattr(torch, case.dtype), want_gradient=True
+    )
+    if case.kernel == "tail":
+        rows.tail(rows.new_products(), row, row, row)
+    else:
+        rows.divergence(rows.new_products(), rows.new_products(), row, Target(logit_map, case.kernel, 0.5))
+
+
 def problems(case: Case, tile: Tile | None, kernel: Compiled) -> list[str]:
     """What is wrong with a compiled kernel; fp32, which is there for correctness only, may spill."""
     found = []
@@ -131,7 +168,9 @@ def problems(case: Case, tile: Tile | None, kernel: Compiled) -> list[str]:
         return found
     if kernel.stack:
         found.append(f"{kernel.stack} bytes of registers spilled per thread")
-    if tile is not None and case.kernel != "row_terms":
+    if case.kernel in ROW_PASSES:
+        found += [f"no {name} instruction" for name in ("LDG.E.128", "STG.E.128") if name not in kernel.instructions]
+    elif tile is not None and case.kernel != "row_terms":
         wanted = tensor_core(case.arch, tile, kernel.kernel)
         if not any(name.startswith(wanted) for name in kernel.instructions):
             found.append(f"no {wanted} instruction")
@@ -158,9 +197,7 @@ def main() -> None:
     failed = 0
     with output.open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(
-            ["arch", "case", "head_dim", "options", "dtype", *Tile._fields, *Compiled._fields[:-1], "problems"]
-        )
+        writer.writerow(["arch", "case", "size", "options", "dtype", *Tile._fields, *Compiled._fields[:-1], "problems"])
         for case in ci_cases() if arguments.ci else all_cases():
             tile, compiled = compile_case(case)
             for kernel in compiled:

@@ -46,6 +46,8 @@ def test_problems_are_named():
     assert problems(case, tile, good) == []
     bad = good._replace(stack=8, shared=1 << 20, tensor_memory=600, instructions=frozenset({"HMMA.16816"}))
     assert len(problems(case, tile, bad)) == 5
+    row_pass = Case("sm_90", "jsd", 50257)
+    assert problems(row_pass, Tile(1, 2048, 8, 0), good) == ["no LDG.E.128 instruction", "no STG.E.128 instruction"]
     assert tensor_core("sm_90", Tile(32, 128, 8, 2), "forward") == "HMMA"
 
 

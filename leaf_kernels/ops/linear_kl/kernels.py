@@ -71,7 +71,8 @@ def divergence_rows(
     """value [rows] = D and gradient [rows, width] = dD/dx · relative, without the factor scale / t.
 
     Either KL takes one pass, with pivots M and sums L of both softmaxes:
-    KL(p‖q) = Σ e^{z_p − M_p} (z_p − z_q) / L_p − (M_p − M_q) − log L_p + log L_q. Its large terms cancel before the small ones are added. jsd needs the normalisers first.
+    KL(p‖q) = Σ e^{z_p − M_p} (z_p − z_q) / L_p − (M_p − M_q) − log L_p + log L_q. The large terms
+    cancel before the small ones are added. jsd needs the normalisers first.
     """
     row = tl.program_id(0).to(tl.int64)
     student += row * width

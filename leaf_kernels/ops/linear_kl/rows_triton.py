@@ -46,7 +46,7 @@ class TritonRows(TorchRows):
             student.shape[1], student.stride(0), *_scales(ours), *_scales(theirs), beta, *log_betas,
             DIVERGENCE=target.divergence, STUDENT_BIAS=ours.bias is not None, TEACHER_BIAS=theirs.bias is not None,
             STUDENT_SOFTCAP=ours.softcap is not None, TEACHER_SOFTCAP=theirs.softcap is not None,
-            WANT_GRADIENT=self.want_gradient, **_tile(student.device),
+            WANT_GRADIENT=self.want_gradient, **tile_of_rows(student.device),
         )  # fmt: skip
         return value, gradient
 
@@ -65,7 +65,7 @@ class TritonRows(TorchRows):
             products, self.student.bias, log_kept, tail, relative, log_tail, gradient,
             products.shape[1], products.stride(0), *_scales(self.student),
             HAS_BIAS=self.student.bias is not None, HAS_SOFTCAP=self.student.softcap is not None,
-            WANT_GRADIENT=self.want_gradient, **_tile(products.device),
+            WANT_GRADIENT=self.want_gradient, **tile_of_rows(products.device),
         )  # fmt: skip
         return log_tail, gradient
 
@@ -77,7 +77,7 @@ def _scales(logit_map: LogitMap) -> tuple[float, float]:
     return logit_map.scale / logit_map.softcap, logit_map.softcap / logit_map.temperature
 
 
-def _tile(device: torch.device) -> dict[str, int]:
+def tile_of_rows(device: torch.device) -> dict[str, int]:
     """Eight logits of a model per thread in flight; small in the interpreter, so that a small vocabulary takes several."""
     if architecture(device) == "interpreter":
         return {"BLOCK": 64, "num_warps": 4}
