@@ -17,11 +17,8 @@ them padded, the padding itself untimed. On a CPU, `--output DIR` runs every ste
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import inspect
-import json
-import math
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
@@ -35,18 +32,17 @@ from benchmarks.timing import (
     ROUNDS,
     Call,
     Deadline,
-    OutOfTime,
-    anchors,
     environment,
     interleave,
-    slug,
+    parser,
+    place,
+    reason,
+    run_cases,
     state,
-    write_json,
 )
 from leaf_kernels import SharedPrefixLayout, pruned_attention
 from leaf_kernels.testing import assert_close_to_fp64, attention_in_chunks, pruned_groups
 
-RESULTS = Path(__file__).parent / "results"
 OURS = ("leaf", "leaf fused")  # deterministic=True, the default, and deterministic=False
 VENDORS = ("torch_varlen", "cudnn", "flash_attn")
 FLEX = ("flex", "flex tuned")
@@ -410,7 +406,7 @@ def measure(case: Case, device: torch.device, deadline: Deadline, tuned: bool = 
             provider = PROVIDERS[name](problem)
             gates[id(problem)].check(provider, factor=1 if name in OURS else 2)
         except Exception as error:  # whatever a peer fails with is its reason to be absent
-            reasons[name] = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"[:300]
+            reasons[name] = reason(error)
         else:
             ready[name], tokens[name] = provider, problem.layout.num_tokens
     facts = {
@@ -427,8 +423,8 @@ def measure(case: Case, device: torch.device, deadline: Deadline, tuned: bool = 
     if OURS[0] not in ready:
         reasons |= {name: f"not timed: {OURS[0]} failed" for name in ready}
         ready.clear()
-    for name, reason in reasons.items():
-        yield {**facts, "mode": "all", "provider": name, "absent": reason}
+    for name, why in reasons.items():
+        yield {**facts, "mode": "all", "provider": name, "absent": why}
     for mode in case.modes if ready else ():
         calls = {name: call(provider, mode, case.layers) for name, provider in ready.items()}
         times, spread = interleave(calls, device, deadline)
@@ -461,34 +457,18 @@ def run(
     only: Iterable[str] = (),
 ) -> bool:
     """Measures the cases into `path`, case by case. True: every case is there and our implementation met its budget."""
-    deadline, where = Deadline(budget), environment(device, commit)
-    rows: list[dict[str, Any]] = []
-    if resume and path.exists():  # only what was measured by the same code on the same machine goes on
-        rows = [row for row in json.loads(path.read_text())["rows"] if where.items() <= row.items()]
-    done, todo = {row["case"] for row in rows}, ["anchors", *(only or (case.name for case in CASES))]
-
-    def add(new: Iterable[dict[str, Any]]) -> None:
-        rows.extend([{**row, **where} for row in new])
-        write_json(path, {"rows": rows, "goals": verdicts(rows)})
-
-    try:
-        if "anchors" not in done:
-            add([{"case": "anchors", **anchors(device, deadline), **state(device)}])
-        for case in CASES:
-            if case.name in todo and case.name not in done:
-                deadline.check()
-                print(f"{case.name} …", flush=True)
-                add(measure(case if device.type == "cuda" else case.tiny(), device, deadline, tuned))
-    except OutOfTime:
-        print(f"out of time after {budget:.0f} s; --continue goes on")
-    missing = [name for name in todo if name not in {row["case"] for row in rows}]
-    for row in rows:
-        if "absent" in row:
-            print(f"{row['case']}: {row['provider']} is absent: {row['absent']}")
-    for verdict in verdicts(rows):
-        print(line(verdict))
-    print(f"{path}: " + (f"still to measure: {', '.join(missing)}" if missing else "complete"))
-    return not missing and not any(row["provider"] in OURS[:1] for row in rows if "absent" in row)
+    return run_cases(
+        path,
+        device,
+        budget,
+        environment(device, commit, ["flash-attn"]),
+        CASES,
+        lambda case, deadline: measure(case, device, deadline, tuned),
+        verdicts,
+        lambda rows: map(line, verdicts(rows)),
+        resume=resume,
+        only=only,
+    )
 
 
 def line(verdict: dict[str, Any]) -> str:
@@ -501,28 +481,18 @@ def line(verdict: dict[str, Any]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--budget", type=float, default=math.inf, metavar="SECONDS", help="start no work after this")
-    parser.add_argument("--continue", dest="resume", action="store_true", help="keep the cases that are in the file")
-    parser.add_argument("--cases", nargs="+", choices=[case.name for case in CASES], default=())
-    parser.add_argument("--tuned-peers", action="store_true", help="also FlexAttention with max-autotune (minutes)")
-    parser.add_argument("--output", type=Path, help="folder of attention.json (default: benchmarks/results/<gpu>)")
-    parser.add_argument("--commit", help="the commit to state where the checkout has no git")
-    options = parser.parse_args(arguments)
-    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-    if device.type == "cpu" and options.output is None:
-        parser.error("no NVIDIA GPU here; --output DIR tries the command out on the CPU, on tiny cases")
-    if device.type == "cpu":
-        torch.set_num_threads(1)  # the cases are so small that a second thread only waits
-    folder = options.output or RESULTS / slug(torch.cuda.get_device_name(device))
+    options = parser(__doc__, (case.name for case in CASES))
+    options.add_argument("--tuned-peers", action="store_true", help="also FlexAttention with max-autotune (minutes)")
+    chosen = options.parse_args(arguments)
+    device, folder = place(options, chosen.output)
     complete = run(
         folder / "attention.json",
         device,
-        options.budget,
-        resume=options.resume,
-        tuned=options.tuned_peers,
-        commit=options.commit,
-        only=options.cases,
+        chosen.budget,
+        resume=chosen.resume,
+        tuned=chosen.tuned_peers,
+        commit=chosen.commit,
+        only=chosen.cases,
     )
     return 0 if complete else 1
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -74,10 +74,20 @@ def detection(results: dict[str, Any]) -> str:
     return markdown(["detection of the planted token", "mean ± sd"], rows)
 
 
-def gpu_attention(results: Path = RESULTS.parent) -> str:
+def gpu_attention(results: Path = RESULTS) -> str:
+    header = ["goal", "case", "mode", "against", "split", "fused", "wanted", "stretch", "verdict"]
+    return gpu_goals(results, "attention", header, goal_row)
+
+
+def gpu_linear_kl(results: Path = RESULTS) -> str:
+    header = ["goal", "case", "what", "got", "wanted", "stretch", "verdict"]
+    return gpu_goals(results, "linear_kl", header, linear_kl_row)
+
+
+def gpu_goals(results: Path, name: str, header: list[str], row: Callable[[dict[str, Any]], list[str]]) -> str:
     """One table of goals per GPU that was measured."""
     parts = []
-    for path in sorted(results.glob("*/attention.json")):
+    for path in sorted(results.glob(f"*/{name}.json")):
         measured = json.loads(path.read_text())
         where = measured["rows"][0]
         (anchor,) = (row for row in measured["rows"] if row["case"] == "anchors")
@@ -86,8 +96,7 @@ def gpu_attention(results: Path = RESULTS.parent) -> str:
             f"matmul {anchor['matmul_tflop_s']:.0f} TFLOP/s), torch {where['torch']}, triton {where['triton']}, commit "
             f"`{where['commit'][:12]}`:"
         )
-        header = ["goal", "case", "mode", "against", "split", "fused", "wanted", "stretch", "verdict"]
-        parts.append(markdown(header, [goal_row(goal) for goal in measured["goals"]]))
+        parts.append(markdown(header, [row(goal) for goal in measured["goals"]]))
     return "\n\n".join(parts) or "Not measured yet: nobody has run this on a GPU and committed the result."
 
 
@@ -103,6 +112,15 @@ def goal_row(goal: dict[str, Any]) -> list[str]:
         f"{goal['stretch']:.2f}×",
         verdict + (", within noise of 1" if goal["noise"] else ""),
     ]
+
+
+def linear_kl_row(goal: dict[str, Any]) -> list[str]:
+    if goal["passed"] is None:
+        return [goal["goal"], goal["case"], goal["what"], *["–"] * 3, goal["reason"]]
+    sign, verdict = "≤" if goal["at_most"] else "≥", "reached" if goal["passed"] else "missed"
+    bounds = ["–" if goal[name] is None else f"{sign} {goal[name]:.2f}" for name in ("wanted", "stretch")]
+    noise = ", within noise" if goal["noise"] else ""
+    return [goal["goal"], goal["case"], goal["what"], f"{goal['value']:.2f}", *bounds, verdict + noise]
 
 
 def packing_case(case: dict[str, Any]) -> list[str]:
@@ -158,7 +176,7 @@ def documents() -> dict[Path, dict[str, str]]:
         ROOT / "README.md": blocks,
         docs / "method-notes.md": blocks,
         docs / "packing.md": {"packing-ratio": packing_ratio(gsm8k), "packing-fill": packing_fill(gsm8k)},
-        docs / "gpu.md": {"gpu-attention": gpu_attention()},
+        docs / "gpu.md": {"gpu-attention": gpu_attention(), "gpu-linear-kl": gpu_linear_kl()},
     }
 
 

@@ -1,4 +1,4 @@
-"""How the GPU benchmarks measure: interleaved timings, anchors, what ran where. Knows no op.
+"""How the GPU benchmarks measure: interleaved timings, anchors, what ran where, a run case by case. Knows no op.
 
 Times are those of the device (CUDA events), with a cold L2 cache and every launch queued in advance. On a CPU the same code
 runs with the wall clock, so that it can be tried out; such numbers are for nobody.
@@ -6,21 +6,26 @@ runs with the wall clock, so that it can be tried out; such numbers are for nobo
 
 from __future__ import annotations
 
+import argparse
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import re
 import statistics
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
+RESULTS = Path(__file__).parent / "results"
 ROUNDS, PER_ROUND = 5, 10  # 50 samples of every call
+
+Row = dict[str, Any]
 
 
 class OutOfTime(Exception):
@@ -125,9 +130,10 @@ def anchors(device: torch.device, deadline: Deadline) -> dict[str, float]:
 # -- what ran where ----------------------------------------------------------------------------------------------------
 
 
-def environment(device: torch.device, commit: str | None = None) -> dict[str, Any]:
+def environment(device: torch.device, commit: str | None = None, packages: Sequence[str] = ()) -> dict[str, Any]:
     """What a result depends on and does not change while it is measured. `commit` where there is no git."""
-    facts = {"torch": torch.__version__, "triton": _version("triton"), "commit": commit or _commit()}
+    versions = {name.replace("-", "_"): _version(name) for name in ("triton", *packages)}
+    facts = {"torch": torch.__version__, **versions, "commit": commit or _commit()}
     if device.type != "cuda":
         return {"gpu": "none", "processor": platform.processor() or platform.machine(), **facts}
     fixed = _nvidia_smi(device, {"driver": "driver_version", "power_limit_w": "power.limit"})
@@ -137,7 +143,6 @@ def environment(device: torch.device, commit: str | None = None) -> dict[str, An
         "capability": capability,
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version(),
-        "flash_attn": _version("flash-attn"),
         **fixed,
         **facts,
     }
@@ -201,3 +206,80 @@ def write_json(path: Path, content: object) -> None:
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
     os.replace(partial, path)
+
+
+# -- a run -------------------------------------------------------------------------------------------------------------
+
+
+def reason(error: Exception) -> str:
+    """Why something is absent, on one line."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"[:300]
+
+
+def parser(description: str | None, cases: Iterable[str]) -> argparse.ArgumentParser:
+    """The options that every GPU benchmark has."""
+    options = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--budget", type=float, default=math.inf, metavar="SECONDS", help="start no work after this")
+    options.add_argument("--continue", dest="resume", action="store_true", help="keep the cases that are in the file")
+    options.add_argument("--cases", nargs="+", choices=list(cases), default=())
+    options.add_argument("--output", type=Path, help="folder of the result (default: benchmarks/results/<gpu>)")
+    options.add_argument("--commit", help="the commit to state where the checkout has no git")
+    return options
+
+
+def place(parser: argparse.ArgumentParser, output: Path | None) -> tuple[torch.device, Path]:
+    """The device to measure, and the folder of its results."""
+    if torch.cuda.is_available():
+        device = torch.device("cuda", torch.cuda.current_device())
+        return device, output or RESULTS / slug(torch.cuda.get_device_name(device))
+    if output is None:
+        parser.error("no NVIDIA GPU here; --output DIR tries the command out on the CPU, on tiny cases")
+    torch.set_num_threads(1)  # the cases are so small that a second thread only waits
+    return torch.device("cpu"), output
+
+
+def run_cases(
+    path: Path,
+    device: torch.device,
+    budget: float,
+    where: Row,
+    cases: Iterable[Any],
+    measure: Callable[[Any, Deadline], Iterable[Row]],
+    verdicts: Callable[[list[Row]], list[Row]],
+    summary: Callable[[list[Row]], Iterable[str]],
+    *,
+    resume: bool,
+    only: Iterable[str],
+) -> bool:
+    """Measures the cases into `path`, case by case. True: every case is there, and our implementation ("leaf") in each.
+
+    A case has a `name`, and `tiny()` for a CPU. `where` is the environment; `summary` says the outcome in lines.
+    """
+    cases, deadline, rows = list(cases), Deadline(budget), list[Row]()
+    if resume and path.exists():  # only what was measured by the same code on the same machine goes on
+        rows = [row for row in json.loads(path.read_text())["rows"] if where.items() <= row.items()]
+    done, todo = {row["case"] for row in rows}, ["anchors", *(only or (case.name for case in cases))]
+
+    def add(new: Iterable[Row]) -> None:
+        rows.extend([{**row, **where} for row in new])
+        write_json(path, {"rows": rows, "goals": verdicts(rows)})
+
+    try:
+        if "anchors" not in done:
+            add([{"case": "anchors", **anchors(device, deadline), **state(device)}])
+        for case in cases:
+            if case.name in todo and case.name not in done:
+                deadline.check()
+                print(f"{case.name} …", flush=True)
+                add(measure(case if device.type == "cuda" else case.tiny(), deadline))
+    except OutOfTime:
+        print(f"out of time after {budget:.0f} s; --continue goes on")
+    missing = [name for name in todo if name not in {row["case"] for row in rows}]
+    for row in rows:
+        if "absent" in row:
+            print(f"{row['case']}: {row['provider']} is absent: {row['absent']}")
+    for line in summary(rows):
+        print(line)
+    print(f"{path}: " + (f"still to measure: {', '.join(missing)}" if missing else "complete"))
+    return not missing and not any(row["provider"] == "leaf" for row in rows if "absent" in row)
