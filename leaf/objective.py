@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers import PreTrainedModel
 
-from leaf_kernels import linear_cross_entropy, linear_kl
+from leaf_kernels import SharedPrefixLayout, linear_cross_entropy, linear_kl
 
 
 class Head(NamedTuple):
@@ -26,24 +26,59 @@ class Head(NamedTuple):
 
 
 def head_of(model: PreTrainedModel) -> Head:
-    """The head of a causal language model, with the post-processing that its config asks for.
+    """The head of a causal language model, with the post-processing that its config asks for. See `check_head`.
 
     Raises:
         ValueError: the head is not a plain linear layer (an adapter, a hook, a parametrisation), whose effect would be lost
             if its weight were read.
     """
     head = model.get_output_embeddings()
-    if type(head) is not torch.nn.Linear or head._forward_hooks or head._forward_pre_hooks:
+    if type(head) is not torch.nn.Linear or _is_hooked(head):
         raise ValueError(
             f"the output head of {type(model).__name__} must be a plain torch.nn.Linear without hooks, got "
             f"{type(head).__name__}; put adapters on the body only (for LoRA: leave lm_head out of target_modules)"
         )
     config = model.config.get_text_config()
-    scale = getattr(config, "logit_scale", None) or 1.0
-    scale *= getattr(config, "output_multiplier", None) or 1.0
-    scale *= getattr(config, "lm_head_multiplier", None) or 1.0
-    scale /= getattr(config, "logits_scaling", None) or 1.0
+    scale = 1.0
+    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
+        scale *= getattr(config, name, None) or 1.0
+    divisor = getattr(config, "logits_scaling", None) or 1.0  # Granite divides by what HyperCLOVA X multiplies with
+    scale = scale * divisor if config.model_type == "hyperclovax" else scale / divisor
     return Head(head.weight, head.bias, getattr(config, "final_logit_softcapping", None), float(scale))
+
+
+def _is_hooked(module: torch.nn.Module) -> bool:
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return "forward" in vars(module) or any(getattr(module, name) for name in hooks)
+
+
+def check_head(model: PreTrainedModel) -> None:
+    """Holds the model's own logits of a few tokens against what `head_of` says of its last hidden states.
+
+    Raises:
+        ValueError: they differ: the model does something between its body and its logits, or its config names a scale or a
+            cap that its class does not apply. Losses computed from the head would then be another model's.
+    """
+    head, training = head_of(model), model.training
+    layout = SharedPrefixLayout.from_lengths([8]).to(head.weight.device)
+    ids = layout.position_ids[None].long()
+    inputs = {"input_ids": ids % len(head.weight), "position_ids": ids, "layout": layout}
+    with torch.no_grad():
+        model.eval()
+        hidden, own = hidden_states(model, inputs), model(**inputs, use_cache=False).logits[0].float()
+        model.train(training)
+        ours = torch.nn.functional.linear(hidden, head.weight, head.bias).float() * head.logit_scale
+        if head.softcap is not None:
+            ours = head.softcap * torch.tanh(ours / head.softcap)
+    error, size = (own - ours).abs().max().item(), own.abs().max().item()
+    eps = max(torch.finfo(dtype).eps for dtype in (head.weight.dtype, torch.float32))
+    if error > 16 * eps * size:  # NaN weights are the trainer's to report
+        raise ValueError(
+            f"the logits of {type(model).__name__} are not those of its output head with logit_scale={head.logit_scale:g} "
+            f"and softcap={head.softcap}, as read from its config: they differ by up to {error:.3g}, where the largest is "
+            f"{size:.3g}. Either its config names a scale or a cap that this class does not apply (remove it), or the class "
+            "changes its logits in a way that LeaF does not know"
+        )
 
 
 def hidden_states(model: PreTrainedModel, inputs: dict[str, Any]) -> torch.Tensor:

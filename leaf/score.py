@@ -15,7 +15,7 @@ from leaf_kernels import SharedPrefixLayout, linear_cross_entropy, token_scores
 from leaf_kernels.integrations.transformers import NAME, check_model, register
 
 from .data import Sample, Skip
-from .objective import head_of, hidden_states
+from .objective import check_head, head_of, hidden_states
 
 logger = logging.getLogger(__name__)
 
@@ -109,6 +109,7 @@ def sensitivities(
     check_model(model)
     model.set_attn_implementation(NAME)
     model.requires_grad_(False).eval()
+    check_head(model)
     if activation_checkpointing and model.supports_gradient_checkpointing:
         model.activation_checkpointing_enable()
         for module in model.modules():

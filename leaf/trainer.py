@@ -15,7 +15,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from leaf_kernels.integrations.transformers import NAME, check_model, register
 
-from .objective import Distillation, Head, coefficients, distillation, head_of, hidden_states, install
+from .objective import Distillation, Head, check_head, coefficients, distillation, head_of, hidden_states, install
 from .pack import Collator, Group, GroupDataset, GroupSampler, GroupStream
 
 logger = logging.getLogger(__name__)
@@ -125,6 +125,8 @@ class LeafTrainer(Trainer):
             **kwargs,
         )
         self.teacher = teacher.requires_grad_(False).eval().to(args.device)
+        for each in (student, teacher):
+            check_head(each)
         self.teacher_head = head_of(teacher)
         if not (args.bf16 or args.fp16):  # without autocast the op wants one dtype: cast once, not once per pack
             dtype = head_of(student).weight.dtype

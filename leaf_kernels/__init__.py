@@ -12,6 +12,8 @@ from ._version import __version__
 
 if TYPE_CHECKING:
     from .layout import SharedPrefixLayout as SharedPrefixLayout
+    from .modules import LinearCrossEntropyLoss as LinearCrossEntropyLoss
+    from .modules import LinearKLLoss as LinearKLLoss
     from .ops.attention_mass.api import attention_mass as attention_mass
     from .ops.linear_kl.api import linear_cross_entropy as linear_cross_entropy
     from .ops.linear_kl.api import linear_kl as linear_kl
@@ -31,7 +33,9 @@ if TYPE_CHECKING:
 _HOME = {
     "FlaggedSpans": ".types",
     "Impl": ".types",
+    "LinearCrossEntropyLoss": ".modules",
     "LinearCrossEntropyOutput": ".types",
+    "LinearKLLoss": ".modules",
     "LinearKLOutput": ".types",
     "LinearKLTopkOutput": ".types",
     "SharedPrefixLayout": ".layout",

@@ -13,7 +13,6 @@ from distributed import on_ranks
 from torch.utils.data import IterableDataset
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, TrainerCallback
 
-from leaf.objective import head_of
 from leaf.trainer import LeafArguments, LeafTrainer, NonFiniteLoss
 
 VOCAB = 24
@@ -366,19 +365,12 @@ def test_lora_on_the_body_trains_and_on_the_head_is_refused(tmp_path):
         LeafTrainer(on_head, model(1), arguments(tmp_path), groups())
 
 
-@pytest.mark.parametrize(
-    ("changes", "named"),
-    [
-        ({"final_logit_softcapping": 3.0}, ("softcap", 3.0)),
-        ({"logit_scale": 0.25}, ("logit_scale", 0.25)),
-        ({"logits_scaling": 8.0}, ("logit_scale", 0.125)),
-    ],
-)
-def test_head_post_processing_is_honoured(changes, named):
-    student = model(0)
-    for name, value in changes.items():
-        setattr(student.config, name, value)
-    assert getattr(head_of(student), named[0]) == named[1]
+@pytest.mark.parametrize("which", ["student", "teacher"])
+def test_a_config_with_a_scale_that_the_class_does_not_apply_is_refused(which, tmp_path):
+    models = {"student": model(0), "teacher": model(1)}
+    models[which].config.logit_scale = 0.25
+    with pytest.raises(ValueError, match=r"are not those of its output head with logit_scale=0\.25"):
+        LeafTrainer(models["student"], models["teacher"], arguments(tmp_path), groups())
 
 
 @pytest.mark.parametrize(
