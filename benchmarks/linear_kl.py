@@ -11,7 +11,8 @@ inputs whose logits have a standard deviation of 2.5. Beside its times, every pr
 
     loss_error, dx_error, dw_error   relative, against fp64, on the first 512 rows of the case as a problem of their own
     peak_bytes                       the most that was allocated beyond the inputs; total_bytes: with them
-    beyond_bytes                     peak_bytes less the dX and dW that are returned, in bf16: most of a dW in fp32 counts
+    beyond_bytes                     peak_bytes less dX and the fp32 accumulator of dW, of which a peer without one is
+                                     granted the bytes all the same
 
 Ours is measured only if its errors are at most twice those of plain torch in bf16. A peer's errors are recorded; bounds far
 outside of rounding catch one that computes something else. What cannot run is in the file as absent, with the reason.
@@ -435,7 +436,9 @@ def memory(run: Callable[[], list[torch.Tensor]], problem: Problem) -> dict[str,
         with record_peak_bytes() as peaks:
             result = run()
         peak = peaks[0]
-    inputs, gradients = (sum(x.nbytes for x in tensors) for tensors in (problem[:5], result[1:]))
+    inputs = sum(x.nbytes for x in problem[:5])
+    _, dx, *dw = result
+    gradients = dx.nbytes + sum(4 * x.numel() for x in dw)
     return {"peak_bytes": peak, "beyond_bytes": peak - gradients, "total_bytes": peak + inputs}
 
 

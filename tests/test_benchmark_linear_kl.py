@@ -337,6 +337,21 @@ def test_a_run_from_end_to_end(quick, tmp_path, capsys, monkeypatch):
     assert {r["case"] for r in more[len(written["rows"]) :]} == {"1B-8B frozen"}
 
 
+@pytest.mark.parametrize("case", ["1B-8B", "1B-8B frozen"])
+def test_memory_grants_dx_and_dw_in_fp32(case):
+    """A step that makes 1000 bytes beside its gradients, of which dW is accumulated in fp32 and returned in bf16."""
+    problem = linear_kl.make(CASES[case].tiny(), CPU)
+    hidden, weight = problem.student_hidden.detach(), problem.student_weight
+
+    def run() -> list[torch.Tensor]:
+        dx, dw32, more = torch.zeros_like(hidden), weight.detach().float(), torch.ones(250)
+        return [more.sum(), dx, *([dw32.bfloat16()] if weight.requires_grad else [])]
+
+    # the loss of 4 bytes, and dW in both dtypes
+    rounded = 2 * weight.numel() if weight.requires_grad else 4 * weight.numel()
+    assert linear_kl.memory(run, problem)["beyond_bytes"] == pytest.approx(1000 + rounded, abs=16)
+
+
 def test_a_wrong_result_is_not_timed(quick, monkeypatch):
     monkeypatch.setitem(linear_kl.PROVIDERS, "leaf", lambda p: lambda: linear_kl.leaf(p)() * 1.1)
     rows = list(linear_kl.measure(CASES["1B-8B"].tiny(), CPU, timing.Deadline(60)))

@@ -282,7 +282,7 @@ def test_rows_of_weight_0_do_not_matter(impl, rows, poison):
 # Extreme logits
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", [*IMPLS, "triton"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("t", [0.05, 0.1, 1, 10])
 @pytest.mark.parametrize(("divergence", "beta"), DIVERGENCES)

@@ -128,7 +128,7 @@ def test_options_reach_linear_kl(name, monkeypatch):
         ({"vocab_size": 7}, lambda z: z[..., :7]),
         ({"chunk_rows": 2, "impl": "reference"}, lambda z: z),
     ],
-    ids=str,
+    ids=["softcap", "scale", "vocabulary", "chunks"],
 )
 def test_options_reach_linear_cross_entropy(options, logits):
     x = inputs()
