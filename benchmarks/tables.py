@@ -123,6 +123,23 @@ def linear_kl_row(goal: dict[str, Any]) -> list[str]:
     return [goal["goal"], goal["case"], goal["what"], f"{goal['value']:.2f}", *bounds, verdict + noise]
 
 
+def cpu_linear_kl(results: dict[str, Any]) -> str:
+    (run,) = results["benchmarks"]
+    info = run["extra_info"]
+    medians = {name: statistics.median(times) for name, times in info["seconds"].items()}
+    medians["ours"] = run["stats"]["median"]
+    names = {"released": "released recipe", "log_space": "log space", "ours": "`linear_kl`"}
+    rows = [
+        [names[name], f"{seconds:.2f} s", f"{medians['released'] / seconds:.1f}×", f"{info['peak_mib'][name]:.0f} MiB"]
+        for name, seconds in medians.items()
+    ]
+    where = f"{info['threads']} threads of {results['machine_info']['cpu']['brand_raw']}, torch {info['torch']}"
+    caption = (
+        f"N = {info['N']}, V = {info['V']}, D = {info['D']}, fp32, {where}; median of {run['stats']['rounds']} rounds."
+    )
+    return "\n\n".join([caption, markdown(["loss", "time", "faster", "memory beyond the inputs"], rows)])
+
+
 def packing_case(case: dict[str, Any]) -> list[str]:
     level = "both levels" if case["level"] == "both" else f"{case['level']} level"
     count = "one" if case["counterfactuals"] == "1" else "all"
@@ -176,6 +193,7 @@ def documents() -> dict[Path, dict[str, str]]:
         ROOT / "README.md": blocks,
         docs / "method-notes.md": blocks,
         docs / "packing.md": {"packing-ratio": packing_ratio(gsm8k), "packing-fill": packing_fill(gsm8k)},
+        docs / "linear_kl.md": {"cpu-linear-kl": cpu_linear_kl(load("linear_kl_cpu"))},
         docs / "gpu.md": {"gpu-attention": gpu_attention(), "gpu-linear-kl": gpu_linear_kl()},
     }
 

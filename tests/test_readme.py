@@ -46,6 +46,21 @@ def test_python_block_of_docs_packing_runs():
     assert names["input_ids"].tolist() == [1, 9, 9, 2, 3, 2], "9 and 3 tokens fill the first pack, 6 are left"
 
 
+def test_python_block_of_docs_linear_kl_runs():
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "linear_kl.md").read_text(), re.DOTALL)
+    names: dict[str, object] = {
+        "mask": torch.tensor([1.0, 0.0, 1.0]),
+        "shift_labels": torch.tensor([1, -100, 2]),
+        "student_hidden": torch.randn(3, 4),
+        "student_head": torch.randn(9, 4),
+        "teacher_hidden": torch.randn(3, 5),
+        "teacher_head": torch.randn(9, 5),
+    }
+    exec(compile(block, "docs/linear_kl.md", "exec"), names)
+    assert names["covered_mass"][1] == 0
+    assert names["loss"] > 0
+
+
 def test_commands_and_options_exist():
     from leaf.cli import main
 
@@ -54,7 +69,7 @@ def test_commands_and_options_exist():
         assert command in main.__globals__["STAGE_COMMANDS"] or command in ("demo", "doctor", "export"), line
 
 
-@pytest.mark.parametrize("document", ["README.md", "docs/packing.md"])
+@pytest.mark.parametrize("document", ["README.md", "docs/packing.md", "docs/linear_kl.md"])
 def test_links_lead_somewhere(document):
     path = ROOT / document
     for target in re.findall(r"(?:\]\(|src=\")([^)#:\"]+)[)\"]", path.read_text()):

@@ -170,6 +170,24 @@ def test_topk_cases(case):
     check(run_topk, case)
 
 
+@pytest.mark.parametrize("student_slope", [1, -1])
+@pytest.mark.parametrize("teacher_slope", [1, -1])
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_pivots_that_move_from_block_to_block(divergence, student_slope, teacher_slope):
+    """Every block of a row of four raises the largest logit, or none does."""
+    logits = torch.linspace(-6, 6, 200) + torch.randn(2, 3, 200, generator=torch.Generator().manual_seed(0))
+    student, teacher = student_slope * logits[0], teacher_slope * logits[1]
+    eye = torch.eye(200)
+    options = dict(zip(("divergence", "beta"), DIVERGENCES[divergence]))
+    student.requires_grad_()
+    got, exact = (
+        linear_kl(student.to(dtype), eye.to(dtype), teacher.to(dtype), eye.to(dtype), impl=impl, **options)
+        for impl, dtype in (("triton", torch.float32), ("reference", torch.float64))
+    )
+    torch.testing.assert_close(got.per_token.double(), exact.per_token, rtol=2e-6, atol=2e-6)
+    torch.testing.assert_close(*(torch.autograd.grad(x.loss, student)[0] for x in (got, exact)), rtol=1e-5, atol=1e-7)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(150))
 def test_random_cases(seed):
