@@ -246,6 +246,18 @@ def test_rows_of_weight_0_do_not_matter(loss, rows):
         torch.testing.assert_close(other, results[0], rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("impl", ["auto", "triton"])
+@each_loss
+def test_gradients_of_a_row_do_not_depend_on_the_weights_of_others(loss, impl):
+    """Bitwise: the gradient is stored divided by a power of two, which rounds nothing."""
+    tensors, weight = inputs(), torch.full((12,), 0.3)
+    (once,) = torch.autograd.grad(loss(tensors, impl, token_weight=weight).loss, tensors[:1])
+    weight[5] = 7.7
+    (again,) = torch.autograd.grad(loss(tensors, impl, token_weight=weight).loss, tensors[:1])
+    same = (once == again).all(1)
+    assert same.tolist() == [n != 5 for n in range(12)]
+
+
 @each_loss
 def test_upstream_gradients_and_micro_batches(loss):
     tensors, weight = inputs(), torch.rand(12, generator=torch.Generator().manual_seed(1))
@@ -282,15 +294,23 @@ def test_cross_entropy_is_torchs():
 @each_loss
 def test_gradients_of_16_bits(loss, dtype, monkeypatch):
     """Products of 16-bit operands into fp32, as CUDA has them: the kernels round the logit gradient to 16 bits."""
+
+    def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        assert a.dtype == b.dtype
+        return a.float() @ b.float()
+
     monkeypatch.setattr(chunked, "operand_dtype", lambda dtype, device: dtype)
-    monkeypatch.setattr(chunked, "mm_into", lambda out, a, b: out.copy_(a.to(out.dtype) @ b.to(out.dtype)))
-    monkeypatch.setattr(chunked, "addmm_into", lambda out, a, b: out.add_(a.to(out.dtype) @ b.to(out.dtype)))
-    tensors = inputs(dtype=dtype)
+    monkeypatch.setattr(chunked, "mm_into", lambda out, a, b: out.copy_(product(a, b)))
+    monkeypatch.setattr(chunked, "addmm_into", lambda out, a, b: out.add_(product(a, b)))
+    name = "bias" if loss is cross_entropy else "student_bias"
+    tensors = [*inputs(dtype=dtype), torch.linspace(-1, 1, 70).to(dtype).requires_grad_()]
     weight = torch.full((12,), 1 / 32768)  # keeps its digits
     wide = [t.detach().double().requires_grad_(t.requires_grad) for t in tensors]
-    out = loss(tensors, token_weight=weight)
-    expected = torch.autograd.grad(loss([t.float() for t in wide]).loss, wide[:2])
-    for got, exact in zip(torch.autograd.grad(32768 * out.loss, tensors[:2]), expected):
+    trained = [0, 1, 4]
+    *narrow, bias = (t.float() for t in wide)
+    expected = torch.autograd.grad(loss(narrow, **{name: bias}).loss, [wide[n] for n in trained])
+    out = loss(tensors[:4], token_weight=weight, **{name: tensors[4]})
+    for got, exact in zip(torch.autograd.grad(32768 * out.loss, [tensors[n] for n in trained]), expected):
         assert got.dtype == dtype
         assert (got.double() - exact).norm() <= torch.finfo(dtype).eps * exact.norm()
 

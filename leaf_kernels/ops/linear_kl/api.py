@@ -81,8 +81,8 @@ def linear_kl(
         was not used; detached.
 
     Gradients: student_hidden, student_weight and student_bias where they require them, in their own dtype. Differentiable
-    once: a gradient made with `create_graph=True` is a constant (not with impl="reference"). Deterministic, unless `rows` names
-    one row more than twice on a GPU.
+    once: a gradient made with `create_graph=True` is a constant (not with impl="reference"). Deterministic, unless `rows`
+    names one row more than twice on a GPU.
 
     Numerics: operands are rounded to autocast's dtype when it is active (fp32 parameters are fine then), otherwise all
     tensors must share one dtype. Logits, losses and accumulators are fp32 (fp64 for fp64).

@@ -111,9 +111,10 @@ def linear_kl_topk_chunked(
     """See `linear_kl_topk`; ids and log_probs are [M, K].
 
     The K tokens are taken out of the logits, so that the probability of all others is a sum of its own and not 1 − Σ_k p_k,
-    and put back into the gradient. With τ the teacher's mass beyond the K tokens and S the student's mass on them,
+    and put back into the gradient. With τ the teacher's mass beyond the K tokens, T its whole mass (1 but for rounding) and
+    S the student's mass on the K tokens,
 
-        dD/dz_j = p_j − p_teacher,j  for the K tokens,  p_j (1 − τ / (1 − S))  for the others
+        dD/dz_j = T p_j − p_teacher,j  for the K tokens,  p_j (T − τ / (1 − S))  for the others
     """
     rows = _rows(student, options)
 
@@ -124,13 +125,14 @@ def linear_kl_topk_chunked(
         z = rows.take(products, index, present)
         log_kept = z.logsumexp(1)  # of the student
         if bucket:
-            tail = (1 - log_teacher.exp().sum(1)).clamp(min=0)
-            log_tail, gradient = rows.tail(products, log_kept, tail, relative)
+            mass = log_teacher.exp().sum(1)
+            tail, whole = (1 - mass).clamp(min=0), mass.clamp(min=1)
+            log_tail, gradient = rows.tail(products, log_kept, tail, relative * whole)
             log_total = torch.logaddexp(log_kept, log_tail)
             tail = torch.where(log_tail > -torch.inf, tail, 0)  # no tail, no mass: what is left of it is rounding
             value = _product(tail, tail.log() - (log_tail - log_total))
         else:
-            gradient = rows.no_tail(len(z))
+            tail, gradient = torch.zeros_like(log_kept), rows.no_tail(len(z))
             log_total = torch.where(present.any(1), log_kept, 0)
             log_teacher = log_teacher - torch.where(present.any(1), log_teacher.logsumexp(1), 0)[:, None]
             value = torch.zeros_like(log_total)
@@ -138,7 +140,8 @@ def linear_kl_topk_chunked(
         teacher = log_teacher.exp()
         value = value + _product(teacher, log_teacher - log_student).sum(1)
         if gradient is not None:
-            kept = (log_student.exp() - teacher) * relative[:, None]
+            whole = teacher.sum(1) + tail
+            kept = (log_student.exp() * whole[:, None] - teacher) * relative[:, None]
             bias = None if student.bias is None else student.bias[index]
             gradient.scatter_add_(1, index, rows.student.backward_(kept, z, bias).to(gradient.dtype))
         return value, gradient
