@@ -1,16 +1,14 @@
-"""How many vocabulary entries hold linear_kl's logit gradient: would a sparse one be worth building? A CPU is enough:
+"""How many vocabulary entries hold linear_kl's logit gradient: is a sparse one worth building? A CPU is enough:
 
     python -m benchmarks.gradient_sparsity --data DIR     # ten minutes on two cores; DIR/gsm8k/{train,test}.jsonl
 
 K(δ) of a row is the smallest number of entries of p_student − p_teacher such that the others have at most δ of its L1 norm.
-A sparse gradient is worth building if the median of K(0.01) is at most 256 with a vocabulary of 32k or more. Measured on the
-response rows of held-out samples, before, midway and after distilling with `linear_kl`. Writes
-results/gradient_sparsity.json.
+A sparse gradient is worth building if the median of K(0.01) is at most 256 on a vocabulary of 32k or more. Measured on the
+response rows of held-out samples before, midway and after distilling with `linear_kl`; results/gradient_sparsity.json.
 
-What this can say is limited. No pretrained model is used: teacher and student are tiny, trained here for minutes on GSM8K
-alone, and less sure of the next token than real ones, so their gradients are wider. Read the third of the rows where the
-teacher has the least entropy beside the whole. The text is too small for 32k merges of byte-level BPE: the rest of the
-vocabulary are entries that no text uses (`vocabulary` in the file says how many), as in padded embeddings.
+What this can say is limited. No pretrained model is used: teacher and student are tiny, trained for minutes on GSM8K alone,
+and less sure of the next token than real ones, so their gradients are wider; compare the terciles of the rows by the
+teacher's entropy. The text is too small for 32k merges: the rest of the vocabulary is never used, as in padded embeddings.
 """
 
 from __future__ import annotations
@@ -20,6 +18,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,25 +36,22 @@ import gsm8k  # noqa: E402 - found by the line above
 import tiny  # noqa: E402
 
 DELTAS = (1e-1, 1e-2, 1e-3)
-LIMIT, LIMIT_DELTA = 256, 1e-2  # of the median
+LIMIT, LIMIT_DELTA = 256, 1e-2
 THREADS = 2
-CHUNK = 256  # rows whose logits are held at a time
 
 
 class Settings(NamedTuple):
-    """Models, and how long they are trained; batches are in samples."""
+    """Models, and how long they are trained. Samples are GSM8K's rows; only their responses are trained and measured."""
 
     vocab_size: int = 32768
-    teacher_hidden: int = 192
-    teacher_layers: int = 4
-    student_hidden: int = 96
-    student_layers: int = 2
-    batch_size: int = 12
-    teacher_steps: int = 300
-    student_steps: int = 80
-    distillation_steps: int = 100
+    teacher: tuple[int, int] = (192, 4)  # hidden size, layers
+    student: tuple[int, int] = (96, 2)
+    batch_size: int = 8
     learning_rate: float = 3e-3
-    held_out_rows: int = 6000  # at least: samples are taken whole
+    teacher_steps: int = 500
+    student_steps: int = 120
+    distillation_steps: int = 120
+    held_out_samples: int = 60
     seed: int = 0
 
 
@@ -63,64 +59,52 @@ class Settings(NamedTuple):
 
 
 def entries_needed(gradient: torch.Tensor, deltas: Sequence[float] = DELTAS) -> torch.Tensor:
-    """K(δ) of every row: the fewest entries such that the others have at most δ of the row's L1 norm.
+    """K(δ): the fewest entries of each row such that the others have at most δ of its L1 norm.
 
     gradient: [N, V]. Returns [len(deltas), N] int64; 0 for a row of zeros.
     """
-    # Sums of the smallest: summed from the largest, what is dropped would be a difference of nearly equal numbers
+    # From the smallest up: as the total less the largest, a small share would drown in rounding
     dropped = gradient.abs().sort(dim=1).values.cumsum(1, dtype=torch.float64)
-    most = dropped[:, -1:] * torch.tensor(deltas, dtype=torch.float64)
-    return (gradient.shape[1] - torch.searchsorted(dropped, most, right=True)).T
+    allowed = dropped[:, -1:] * torch.tensor(deltas, dtype=torch.float64)
+    return gradient.shape[1] - torch.searchsorted(dropped, allowed, right=True).T
 
 
 def measure_rows(
-    student_hidden: torch.Tensor,
-    student_weight: torch.Tensor,
-    teacher_hidden: torch.Tensor,
-    teacher_weight: torch.Tensor,
-    labels: torch.Tensor,
+    student_logits: torch.Tensor, teacher_logits: torch.Tensor, labels: torch.Tensor
 ) -> dict[str, torch.Tensor]:
-    """Of every row, K(δ) of linear_kl's logit gradient p_student − p_teacher, and what says how far the models are trained.
+    """K(δ) of linear_kl's logit gradient, and how sure and how far apart the models are, in nats.
 
-    hidden [N, D] and weight [V, D] of each, labels [N]. Returns K [len(DELTAS), N], and teacher_entropy, kl, l1, teacher_nll
-    and student_nll, each [N] (nats).
+    logits: [N, V]; labels: [N]. Returns K: [len(DELTAS), N]; teacher_entropy, kl, l1, teacher_nll, student_nll: [N].
     """
-    parts = []
-    for chunk in torch.arange(len(labels)).split(CHUNK):
-        student = (student_hidden[chunk] @ student_weight.T).log_softmax(1)
-        teacher = (teacher_hidden[chunk] @ teacher_weight.T).log_softmax(1)
-        p, label = teacher.exp(), labels[chunk, None]
-        gradient = student.exp() - p
-        part = {
-            "K": entries_needed(gradient),
-            "teacher_entropy": -(p * teacher).sum(1),
-            "kl": (p * (teacher - student)).sum(1),
-            "l1": gradient.abs().sum(1),
-            "teacher_nll": -teacher.gather(1, label)[:, 0],
-            "student_nll": -student.gather(1, label)[:, 0],
-        }
-        parts.append(part)
-    return {name: torch.cat([part[name] for part in parts], dim=-1) for name in parts[0]}
+    student, teacher = student_logits.log_softmax(1), teacher_logits.log_softmax(1)
+    p, gradient = teacher.exp(), student.exp() - teacher.exp()
+    return {
+        "K": entries_needed(gradient),
+        "teacher_entropy": -(p * teacher).sum(1),
+        "kl": (p * (teacher - student)).sum(1),
+        "l1": gradient.abs().sum(1),
+        "teacher_nll": -teacher.gather(1, labels[:, None])[:, 0],
+        "student_nll": -student.gather(1, labels[:, None])[:, 0],
+    }
 
 
 def summary(rows: dict[str, torch.Tensor]) -> dict[str, Any]:
-    """`measure_rows` in numbers: quantiles of K(δ), means of the rest, and whether the median of K(0.01) is within the limit."""
-    quantiles = torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64)
-    K = rows["K"].double().quantile(quantiles, dim=1, interpolation="nearest").long().T.tolist()
-    limited = rows["K"][DELTAS.index(LIMIT_DELTA)] <= LIMIT
-    entropy = rows["teacher_entropy"]
+    """Quantiles of K(δ), means of the rest, and whether the median of K(0.01) is within the limit, over N rows."""
+    quantiles, entropy = torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64), rows["teacher_entropy"]
+    K = rows["K"].double().quantile(quantiles, dim=1, interpolation="nearest").T.long().tolist()
+    limited = DELTAS.index(LIMIT_DELTA)
     return {
         "rows": len(entropy),
         **{name: values.mean().item() for name, values in rows.items() if name != "K"},
         "teacher_entropy_range": [entropy.min().item(), entropy.max().item()],
         "K": {str(delta): dict(zip(("p10", "median", "p90"), values)) for delta, values in zip(DELTAS, K)},
-        "rows_within_limit": limited.double().mean().item(),
-        "within_limit": K[DELTAS.index(LIMIT_DELTA)][1] <= LIMIT,
+        "share_within_limit": (rows["K"][limited] <= LIMIT).double().mean().item(),
+        "within_limit": K[limited][1] <= LIMIT,
     }
 
 
 def point(name: str, steps: int, rows: dict[str, torch.Tensor]) -> dict[str, Any]:
-    """The summary of all rows and of their thirds by the teacher's entropy, the surest first."""
+    """The summary of all rows and of each third of them by teacher entropy, the lowest first."""
     thirds = rows["teacher_entropy"].argsort().tensor_split(3)
     terciles = [summary({name: values[..., third] for name, values in rows.items()}) for third in thirds]
     return {"point": name, "distillation_steps": steps, **summary(rows), "terciles": terciles}
@@ -129,40 +113,66 @@ def point(name: str, steps: int, rows: dict[str, torch.Tensor]) -> dict[str, Any
 # -- models ------------------------------------------------------------------------------------------------------------
 
 
-def response_rows(samples: Sequence[Sample]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """input_ids [B, L], padded on the right; the N rows of [B · L] that predict a response token; its labels [N]."""
-    length = max(len(sample.input_ids) for sample in samples)
-    ids = torch.zeros(len(samples), length, dtype=torch.long)  # causal: nobody sees the padding
-    predicted = torch.zeros(len(samples), length, dtype=torch.bool)
+class Batch(NamedTuple):
+    """B samples and their N response tokens."""
+
+    ids: torch.Tensor  # [B, L], padded on the right: attention is causal, nobody sees it
+    rows: torch.Tensor  # [N], those of the B · L positions that predict a response token
+    labels: torch.Tensor  # [N], these tokens
+
+
+def collate(samples: Sequence[Sample]) -> Batch:
+    ids = torch.zeros(len(samples), max(len(sample.input_ids) for sample in samples), dtype=torch.long)
+    response = torch.zeros_like(ids, dtype=torch.bool)
     for n, sample in enumerate(samples):
         ids[n, : len(sample.input_ids)] = torch.tensor(sample.input_ids)
-        predicted[n, sample.response_start : len(sample.input_ids)] = True
-    rows = predicted.flatten().nonzero()[:, 0] - 1
-    return ids, rows, ids.flatten()[rows + 1]
+        response[n, sample.response_start : len(sample.input_ids)] = True
+    return Batch(ids, response.flatten().nonzero()[:, 0] - 1, ids[response])
 
 
-def hidden(model: PreTrainedModel, ids: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """Final hidden states [N, D] of `rows` of input_ids [B, L]."""
-    return model.model(input_ids=ids, use_cache=False).last_hidden_state.flatten(0, 1)[rows]
+def head(model: PreTrainedModel, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the ops take: final hidden states [N, D] and the weight [V, D]."""
+    hidden = model.model(input_ids=batch.ids, use_cache=False).last_hidden_state
+    return hidden.flatten(0, 1)[batch.rows], model.lm_head.weight
+
+
+def cross_entropy(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
+    return linear_cross_entropy(*head(model, batch), batch.labels).loss
+
+
+def distillation(teacher: PreTrainedModel, student: PreTrainedModel, batch: Batch) -> torch.Tensor:
+    return linear_kl(*head(student, batch), *head(teacher, batch)).loss
 
 
 def train(
-    model: PreTrainedModel, loss: Callable[..., torch.Tensor], samples: Sequence[Sample], steps: int, settings: Settings
+    model: PreTrainedModel, loss: Callable[..., torch.Tensor], samples: list[Sample], steps: int, settings: Settings
 ) -> Iterator[int]:
-    """Adam, its rate decaying to zero. `loss(input_ids, rows, labels)` is a sum over rows. Yields the steps that are done."""
-    optimizer = torch.optim.Adam(model.parameters(), lr=settings.learning_rate)
+    """Adam on the mean over rows of `loss(model, batch)`, its rate falling to zero. Yields the number of steps taken."""
+    optimizer = torch.optim.Adam(model.parameters())
     generator = torch.Generator().manual_seed(settings.seed)
+    samples = sorted(samples, key=lambda sample: len(sample.input_ids))  # neighbours need little padding
     for step in range(steps):
-        chosen = torch.randint(len(samples), (settings.batch_size,), generator=generator).tolist()
-        ids, rows, labels = response_rows([samples[n] for n in chosen])
-        mean = loss(ids, rows, labels) / len(rows)
+        first = int(torch.randint(len(samples) - settings.batch_size + 1, (), generator=generator))
+        batch = collate(samples[first : first + settings.batch_size])
+        mean = loss(model, batch) / len(batch.rows)
         optimizer.zero_grad()
         mean.backward()
         optimizer.param_groups[0]["lr"] = settings.learning_rate * (1 - step / steps)
         optimizer.step()
-        if step % 20 == 0 or step + 1 == steps:
-            print(f"  step {step + 1}/{steps}: {mean.item():.3f} nats", flush=True)
+        if step % 20 == 0:
+            print(f"width {model.config.hidden_size}, step {step} of {steps}: {mean.item():.3f} nats", flush=True)
         yield step + 1
+
+
+@torch.no_grad()
+def compare(student: PreTrainedModel, teacher: PreTrainedModel, samples: Sequence[Sample]) -> dict[str, torch.Tensor]:
+    """`measure_rows` of all response rows."""
+    parts = []
+    for start in range(0, len(samples), 4):  # a few hundred rows: their logits take 100 MB
+        batch = collate(samples[start : start + 4])
+        logits = (hidden @ weight.T for hidden, weight in (head(student, batch), head(teacher, batch)))
+        parts.append(measure_rows(*logits, batch.labels))
+    return {name: torch.cat([part[name] for part in parts], dim=-1) for name in parts[0]}
 
 
 def measure(folder: Path, settings: Settings) -> dict[str, Any]:
@@ -170,79 +180,44 @@ def measure(folder: Path, settings: Settings) -> dict[str, Any]:
     texts = [text for record in gsm8k.records(folder, "train") for text in record.values()]
     tokenizer = tiny.tokenizer(corpus=texts, vocab_size=settings.vocab_size)
     encoder = Encoder(tokenizer)
+    training = [encoder.encode(row)[0] for row in gsm8k.rows(folder, "train")]
+    held_out = [encoder.encode(row)[0] for row in gsm8k.rows(folder, "test")[: settings.held_out_samples]]
 
-    def samples(split: str) -> list[Sample]:
-        encoded = (encoder.encode(row)[0] for row in gsm8k.rows(folder, split))
-        return [sample for sample in encoded if isinstance(sample, Sample)]
+    def model(hidden: int, layers: int) -> PreTrainedModel:
+        config = {"vocab_size": settings.vocab_size, "tie_word_embeddings": True, "attn_implementation": "sdpa"}
+        return tiny.model(tokenizer, seed=settings.seed, hidden=hidden, layers=layers, **config)
 
-    def model(seed: int, width: int, layers: int) -> PreTrainedModel:
-        shape = {"hidden": width, "layers": layers, "vocab_size": settings.vocab_size, "attn_implementation": "sdpa"}
-        return tiny.model(tokenizer, seed=seed, tie_word_embeddings=True, **shape)
-
-    def cross_entropy(model: PreTrainedModel) -> Callable[..., torch.Tensor]:
-        return lambda ids, rows, labels: (
-            linear_cross_entropy(hidden(model, ids, rows), model.lm_head.weight, labels).loss
-        )
-
-    def distillation(ids: torch.Tensor, rows: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        with torch.no_grad():
-            teacher_hidden = hidden(teacher, ids, rows)
-        return linear_kl(hidden(student, ids, rows), student_head, teacher_hidden, teacher_head).loss
-
-    @torch.no_grad()
-    def measured(name: str, steps: int) -> dict[str, Any]:
-        parts = []
-        for start in range(0, len(held_out), settings.batch_size):
-            ids, rows, labels = response_rows(held_out[start : start + settings.batch_size])
-            parts.append((hidden(student, ids, rows), hidden(teacher, ids, rows), labels))
-        student_hidden, teacher_hidden, labels = (torch.cat(column) for column in zip(*parts))
-        found = point(name, steps, measure_rows(student_hidden, student_head, teacher_hidden, teacher_head, labels))
-        print(f"{name}: { ({key: value for key, value in found.items() if key != 'terciles'}) }", flush=True)
-        return found
-
-    training, held_out, count = samples("train"), list[Sample](), 0
-    for sample in samples("test"):
-        if count < settings.held_out_rows:
-            held_out.append(sample)
-            count += len(sample.input_ids) - sample.response_start
-
-    teacher = model(settings.seed, settings.teacher_hidden, settings.teacher_layers)
-    student = model(settings.seed + 1, settings.student_hidden, settings.student_layers)
-    teacher_head, student_head = teacher.lm_head.weight.detach(), student.lm_head.weight
-    for trained, steps in ((teacher, settings.teacher_steps), (student, settings.student_steps)):
-        print(f"training a model of width {trained.config.hidden_size}", flush=True)
-        for _ in train(trained, cross_entropy(trained), training, steps, settings):
-            pass
-    points = [measured("before", 0)]
-    names = {settings.distillation_steps // 2: "midway", settings.distillation_steps: "after"}
-    for step in train(student, distillation, training, settings.distillation_steps, settings):
-        if step in names:
-            points.append(measured(names[step], step))
-    return {
-        "settings": {
-            **settings._asdict(),
-            "deltas": DELTAS,
-            "limit": LIMIT,
-            "limit_delta": LIMIT_DELTA,
-            "threads": THREADS,
-        },
-        "vocabulary": {"size": settings.vocab_size, "in_use": len(tokenizer)},
-        "points": points,
-    }
+    teacher, student = model(*settings.teacher), model(*settings.student)
+    list(train(teacher, cross_entropy, training, settings.teacher_steps, settings))
+    list(train(student, cross_entropy, training, settings.student_steps, settings))
+    teacher.requires_grad_(False)
+    points, total = [point("before", 0, compare(student, teacher, held_out))], settings.distillation_steps
+    for step in train(student, partial(distillation, teacher), training, total, settings):
+        if step in (total // 2, total):
+            name = "after" if step == total else "midway"
+            points.append(point(name, step, compare(student, teacher, held_out)))
+    fixed = {"deltas": DELTAS, "limit": LIMIT, "limit_delta": LIMIT_DELTA, "threads": THREADS}
+    vocabulary = {"size": settings.vocab_size, "in_use": len(tokenizer)}
+    return {"settings": {**settings._asdict(), **fixed}, "vocabulary": vocabulary, "points": points}
 
 
 def main(argv: Sequence[str] | None = None, settings: Settings = Settings()) -> None:  # noqa: B008 - immutable
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=os.environ.get("LEAF_TEST_DATA"), metavar="DIR")
+    parser.add_argument("--data", default=os.environ.get("LEAF_TEST_DATA", ""), metavar="DIR")
     parser.add_argument("--output", type=Path, default=RESULTS / "gradient_sparsity.json", metavar="FILE")
     arguments = parser.parse_args(argv)
-    files = "gsm8k/train.jsonl", "gsm8k/test.jsonl"
-    if arguments.data is None or not all((arguments.data / file).is_file() for file in files):
-        parser.error(f"--data DIR (default: $LEAF_TEST_DATA, here {arguments.data}) must have {' and '.join(files)}")
+    data = Path(arguments.data, "gsm8k")
+    if not (arguments.data and (data / "train.jsonl").is_file() and (data / "test.jsonl").is_file()):
+        parser.error(
+            "--data DIR, by default what LEAF_TEST_DATA names, must hold gsm8k/train.jsonl and gsm8k/test.jsonl"
+        )
     torch.set_num_threads(THREADS)
-    where, start = environment(torch.device("cpu"), packages=("transformers", "tokenizers")), time.monotonic()
-    result = measure(arguments.data, settings)
+    start, where = time.monotonic(), environment(torch.device("cpu"), packages=("transformers", "tokenizers"))
+    result = measure(data.parent, settings)
     write_json(arguments.output, {"environment": where, "wall_s": time.monotonic() - start, **result})
+    for found in result["points"]:
+        K = ", ".join(f"K({delta}) = {values['median']}" for delta, values in found["K"].items())
+        print(f"{found['point']}: {found['rows']} rows, medians {K}; within {LIMIT}: {found['within_limit']}")
 
 
 if __name__ == "__main__":
