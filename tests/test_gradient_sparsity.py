@@ -191,11 +191,15 @@ def test_a_tiny_run(tmp_path, capsys):
     assert "after: " in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("arguments", [[], ["--data", "nowhere"]])
-def test_missing_data_is_named(arguments, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(("arguments", "files"), [([], ("train", "test")), (["--data", "."], ("train",))])
+def test_missing_data_is_named(arguments, files, tmp_path, monkeypatch, capsys):
+    """No folder given, whatever the current one holds; a folder with half of the files."""
     monkeypatch.delenv("LEAF_TEST_DATA", raising=False)
-    output: Path = tmp_path / "out.json"
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "gsm8k").mkdir()
+    for name in files:
+        (tmp_path / "gsm8k" / f"{name}.jsonl").write_text("")
     with pytest.raises(SystemExit):
-        sparsity.main([*arguments, "--output", str(output)])
+        sparsity.main([*arguments, "--output", "out.json"])
     assert "must hold gsm8k/train.jsonl and gsm8k/test.jsonl" in capsys.readouterr().err
-    assert not output.exists()
+    assert not Path("out.json").exists()
