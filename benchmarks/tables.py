@@ -140,6 +140,18 @@ def cpu_linear_kl(results: dict[str, Any]) -> str:
     return "\n\n".join([caption, markdown(["loss", "time", "faster", "memory beyond the inputs"], rows)])
 
 
+def gradient_sparsity(results: dict[str, Any]) -> str:
+    """Medians of K(δ) before, midway and after distillation, and over the third of rows on which the teacher is surest."""
+    deltas = results["settings"]["deltas"]
+    rows = []
+    for point in results["points"]:
+        for name, found in (("all", point), ("surest third", point["terciles"][0])):
+            medians = [f"{found['K'][str(delta)]['median']:,}" for delta in deltas]
+            rows.append([point["point"], f"{name}, {found['rows']:,}", f"{found['kl']:.2f}", *medians])
+    header = ["distillation", "rows", "mean KL", *(f"K({delta:g})" for delta in deltas)]
+    return markdown(header, rows)
+
+
 def packing_case(case: dict[str, Any]) -> list[str]:
     level = "both levels" if case["level"] == "both" else f"{case['level']} level"
     count = "one" if case["counterfactuals"] == "1" else "all"
@@ -193,7 +205,10 @@ def documents() -> dict[Path, dict[str, str]]:
         ROOT / "README.md": blocks,
         docs / "method-notes.md": blocks,
         docs / "packing.md": {"packing-ratio": packing_ratio(gsm8k), "packing-fill": packing_fill(gsm8k)},
-        docs / "linear_kl.md": {"cpu-linear-kl": cpu_linear_kl(load("linear_kl_cpu"))},
+        docs / "linear_kl.md": {
+            "cpu-linear-kl": cpu_linear_kl(load("linear_kl_cpu")),
+            "gradient-sparsity": gradient_sparsity(load("gradient_sparsity")),
+        },
         docs / "gpu.md": {"gpu-attention": gpu_attention(), "gpu-linear-kl": gpu_linear_kl()},
     }
 
