@@ -1,6 +1,6 @@
 """How many vocabulary entries hold linear_kl's logit gradient: is a sparse one worth building? A CPU is enough:
 
-    python -m benchmarks.gradient_sparsity --data DIR     # ten minutes on one core; DIR/gsm8k/{train,test}.jsonl
+    python -m benchmarks.gradient_sparsity --data DIR     # a quarter of an hour on one core; DIR/gsm8k/{train,test}.jsonl
 
 K(δ) of a row is the smallest number of entries of p_student − p_teacher such that the others have at most δ of its L1 norm.
 A sparse gradient is worth building if the median of K(0.01) is at most 256 on a vocabulary of 32k or more. Measured on the
