@@ -65,7 +65,7 @@ def all_cases() -> Iterator[Case]:
         if kernel != "backward_fused" or (arch in FUSED and head_dim <= 128):
             yield Case(arch, kernel, head_dim, "all", dtype)
     for arch, kernel, vocab, options, dtype in itertools.product(
-        SHARED_LIMIT, ROW_PASSES, VOCABULARIES, ("none", "all"), ("bfloat16", "float32")
+        SHARED_LIMIT, ROW_PASSES, VOCABULARIES, ("none", "all"), ("bfloat16", "float16", "float32")
     ):
         yield Case(arch, kernel, vocab, options, dtype)
 
@@ -92,7 +92,9 @@ def ci_cases() -> Iterator[Case]:
         yield Case(arch, kernel, 128256, options)
     for kernel in ("reverse_kl", "jsd", "tail"):
         yield Case("sm_90", kernel, 50257, "all")
-    yield Case("sm_86", "forward_kl", 50257, "all")
+    for arch in ("sm_86", "sm_120"):
+        yield Case(arch, "forward_kl", 50257, "all")
+    yield Case("sm_90", "reverse_kl", 128256, "all", "float16")
 
 
 def tile_of(case: Case) -> Tile | None:

@@ -11,8 +11,23 @@ import torch
 torch.set_num_threads(1)
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    """Triton kernels run in its interpreter, which must be asked for before a kernel is defined."""
+def _interpreted(config: pytest.Config) -> bool:
+    """Whether the chosen tests run kernels in Triton's interpreter."""
     selected = config.getoption("markexpr")
-    if not any(mark in selected and f"not {mark}" not in selected for mark in ("gpu", "compile_gate")):
+    return not any(mark in selected and f"not {mark}" not in selected for mark in ("gpu", "compile_gate"))
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist looks at its options
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """All files, one per core, unless -n says otherwise. A GPU is not shared out."""
+    if hasattr(config, "workerinput") or not config.pluginmanager.hasplugin("xdist"):
+        return  # a worker has no workers of its own
+    option, everything = config.option, config.args_source is pytest.Config.ArgsSource.TESTPATHS
+    if everything and _interpreted(config) and option.numprocesses is None and not option.collectonly:
+        option.numprocesses, option.dist = os.cpu_count(), "loadfile"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Triton's interpreter must be asked for before a kernel is defined."""
+    if _interpreted(config):
         os.environ.setdefault("TRITON_INTERPRET", "1")

@@ -143,17 +143,33 @@ def check(run, case: dict[str, Any]) -> None:
         actual = run("triton", case, case["dtype"])
     plain = run("reference", case, case["dtype"])
     oracle = run("reference", case, torch.float64)
-    # a softmax of logits of size L has a relative error of eps·L, whatever the formula
-    largest = {"gap 2e4": 2e4, "one-hot": 2e4, "gap 200": 200}.get(case["logits"], 5) * max(map(abs, case["scale"]))
-    largest = max(largest / case["temperature"], 5) * max(1, case["temperature"] ** 2)
+    largest = {"gap 2e4": 2e4, "one-hot": 2e4, "gap 200": 200}.get(case["logits"], 5)
     for name, exact in oracle.items():
         assert actual[name].dtype == plain[name].dtype
         assert actual[name].isfinite().all(), name
-        floor = largest * max(1.0, float(exact.abs().max()))
+        floor = rounding(name, case, largest, float(exact.abs().max()))
         try:
             assert_close_to_fp64(actual[name], plain[name], exact, max_lse=floor)
         except AssertionError as error:
             raise AssertionError(f"{name}: {error}") from error
+        if name in ("hidden", "weight", "bias") and exact.abs().max() > 1e-3 * unit(name, case, largest):
+            with pytest.raises(AssertionError):  # the bound is one
+                assert_close_to_fp64(torch.zeros_like(exact), plain[name], exact, max_lse=floor)
+
+
+def unit(name: str, case: dict[str, Any], largest: float) -> float:
+    """The size of an output whose probabilities differ by about 1, with logits of size `largest`."""
+    weight = {"1e-6": 1e-6, "all zero": 0.0, "negative": 3.0}.get(case["weights"], 1.0)
+    t, gradient = case["temperature"], 0.01 * weight * case["temperature"] * abs(case["scale"][0])
+    return {
+        "per_token": t**2, "loss": weight * N * t**2, "hidden": gradient, "weight": largest * gradient, "bias": gradient,
+    }[name]  # fmt: skip
+
+
+def rounding(name: str, case: dict[str, Any], largest: float, exact: float) -> float:
+    """A softmax of logits of size L has a relative error of eps·L, whatever the formula."""
+    logit = max(largest * max(map(abs, case["scale"])) / case["temperature"], 5)
+    return logit * max(unit(name, case, largest), exact)
 
 
 def case_id(case: dict[str, Any]) -> str:

@@ -202,6 +202,25 @@ def test_rounded_probabilities_of_more_than_1(impl, dtype):
     torch.testing.assert_close(got, gradients(exact, wide), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("impl", ["auto", "triton", "reference"])
+@pytest.mark.parametrize("bias", [None, torch.zeros(V)], ids=["", "bias"])
+@pytest.mark.parametrize("where", [0, 1], ids=["hidden", "weight"])
+@pytest.mark.parametrize("loss", ["bucket", "renormalise", "cross entropy"])
+def test_nan_that_counts_is_seen(loss, where, bias, impl):
+    student, _, (ids, log_probs) = inputs()
+    student = [x.detach().float() for x in student]
+    # a row of the head that is not one of the K matters to a tail only
+    student[where][2 if where == 0 or loss != "renormalise" else ids[2, 0]] = math.nan
+    student = [x.requires_grad_() for x in student]
+    if loss == "cross entropy":
+        out = linear_cross_entropy(*student, ids[:, 0], bias=bias, impl=impl)
+    else:
+        out = linear_kl_topk(*student, ids, log_probs.float(), tail=loss, student_bias=bias, impl=impl)
+    assert out.loss.isnan()
+    assert out.per_token[2].isnan()
+    assert all(g.isnan().any() for g in gradients(out, student))
+
+
 @pytest.mark.parametrize("impl", IMPLS)
 def test_rows_of_weight_0_do_not_matter(impl):
     student, _, (ids, log_probs) = inputs()

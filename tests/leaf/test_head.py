@@ -131,19 +131,40 @@ def test_scores_are_those_of_the_models_own_logits():
 @pytest.mark.parametrize("kind", ["llama", "gemma2", "granite", "granitemoe"])
 def test_the_check_accepts_every_dtype_and_leaves_no_trace(kind, dtype):
     checked = model(kind).to(dtype).train()
+    checked.base_model.layers[0].eval()
     ids = torch.arange(3, 9)[None]
     before, state = checked(input_ids=ids).logits, torch.random.get_rng_state()
     check_head(checked)
     assert torch.equal(torch.random.get_rng_state(), state)
     assert torch.equal(checked(input_ids=ids).logits, before)
     assert checked.training
+    assert not checked.base_model.layers[0].training
 
 
-@pytest.mark.parametrize("name", ["final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier"])
-def test_a_config_that_names_what_the_class_does_not_do_is_refused(name):
-    plain = model("llama")
-    setattr(plain.config, name, 0.5)
-    with pytest.raises(ValueError, match=r"(?s)logits of LlamaForCausalLM are not those .* they differ by up to"):
+def test_a_failing_forward_leaves_the_mode_as_it_was():
+    broken = model("llama").train()
+    broken.model.norm.register_forward_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        check_head(broken)
+    assert broken.training
+
+
+def test_an_empty_head_says_so():
+    sharded = model("llama")
+    sharded.lm_head.weight = torch.nn.Parameter(torch.empty(0))
+    with pytest.raises(ValueError, match="is empty here; gather it if it is sharded"):
+        check_head(sharded)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("final_logit_softcapping", 5.0), ("logit_scale", 1.03), ("logits_scaling", 0.97), ("lm_head_multiplier", 0.97)],
+)
+def test_a_config_that_names_what_the_class_does_not_do_is_refused(name, value, dtype):
+    plain = model("llama").to(dtype)
+    setattr(plain.config, name, value)
+    with pytest.raises(ValueError, match=r"(?s)logits of LlamaForCausalLM are not those .* of their norm apart"):
         check_head(plain)
 
 

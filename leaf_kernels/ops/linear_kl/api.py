@@ -81,15 +81,16 @@ def linear_kl(
         was not used; detached.
 
     Gradients: student_hidden, student_weight and student_bias where they require them, in their own dtype. Differentiable
-    once: a gradient made with `create_graph=True` is a constant (not with impl="reference"). Deterministic, unless `rows`
-    names one row more than twice on a GPU.
+    once: what is made with `create_graph=True` is a constant or raises when it is differentiated (not with
+    impl="reference"). Deterministic, unless `rows` names one row more than twice on a GPU.
 
     Numerics: operands are rounded to autocast's dtype when it is active (fp32 parameters are fine then), otherwise all
-    tensors must share one dtype. Logits, losses and accumulators are fp32 (fp64 for fp64).
+    tensors must share one dtype. Logits, losses and accumulators are fp32 (fp64 for fp64). NaN in a row of non-zero weight
+    makes the loss NaN. In fp16 the reverse KL's gradient with respect to a logit, without w · t, is clamped to ±65504.
 
-    Memory, beside the gradients that were asked for (dW in fp32 until the backward) and 16-bit casts of the weights: scratch
-    for the logits of one chunk, at most 2 GiB, and at most the larger of 128 MiB and dW on a CPU; nothing grows with N · V.
-    Under `no_grad` no gradient is computed.
+    Memory, beside the gradients that were asked for (dW in fp32 until the backward) and casts of the weights (on a CPU those
+    of 16 bits are widened): scratch for one chunk of rows, at most 2 GiB, and on a CPU about as much as the larger of 128 MiB
+    and dW; nothing grows with N · V. Under `no_grad` no gradient is computed.
 
     Raises:
         ValueError, TypeError: naming the argument; for instance a teacher tensor that requires grad, vocabularies that

@@ -26,16 +26,17 @@ from .rows_torch import Target, TorchRows
 # the gradient is None where none is wanted
 Step = Callable[[torch.Tensor, slice, torch.Tensor], tuple[torch.Tensor, torch.Tensor | None]]
 
-SCRATCH = 2**31  # bytes for the logits of a chunk and their gradient, at most
+# Bytes for the logits of a chunk and their gradient, at most. The rest of 2 GiB is for its hidden states and their gradient.
+SCRATCH = 2**31 - 2**27
 MOST_ROWS = 4096
 
 
 def default_chunk_rows(vocab: int, dim: int, dtype: torch.dtype, triton: bool) -> int:
     """Rows per chunk: never a function of free memory, because results must not depend on what else is on the device.
 
-    A chunk costs a pass over dW ([V, D]), for which its rows have to pay. With kernels: as many rows as 2 GiB hold
-    (logits of both models, a gradient of 16 bits), at most 4096. In plain torch (four buffers of logits): scratch as large
-    as dW, but at least 128 MiB.
+    A chunk costs a pass over dW ([V, D]), for which its rows have to pay. With kernels: as many rows as SCRATCH holds
+    (logits of both models, a gradient of 16 bits), at most 4096. In plain torch (four buffers of logits, five for a jsd with
+    a softcap): scratch as large as dW, but at least 128 MiB.
     """
     itemsize = accumulator_dtype(dtype).itemsize
     if triton:
@@ -81,7 +82,7 @@ class _Projection:
     def _cast(self, x: torch.Tensor) -> torch.Tensor:
         for dtype in self.dtypes:
             x = x.to(dtype)
-        return x
+        return x if 1 in x.stride() else x.contiguous()  # or every product would copy it
 
     def hidden(self, chunk: slice) -> torch.Tensor:
         """[c, D]. Rows of weight 0 are zeroed: a NaN there must not reach dW as 0 · NaN."""

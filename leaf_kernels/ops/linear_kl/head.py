@@ -27,14 +27,14 @@ class Head(NamedTuple):
 class LogitMap(NamedTuple):
     """What happens to a head's products x = h Wᵀ: z = softcap(scale · (x + b)) / t."""
 
-    bias: torch.Tensor | None  # [V], fp32 (fp64 for fp64)
+    bias: torch.Tensor | None  # [V], fp32 (fp64 for fp64), contiguous
     softcap: float | None
     scale: float
     temperature: float
 
     @classmethod
     def of(cls, head: Head, temperature: float, dtype: torch.dtype) -> LogitMap:
-        bias = None if head.bias is None else head.bias.to(accumulator_dtype(dtype))
+        bias = None if head.bias is None else head.bias.to(accumulator_dtype(dtype)).contiguous()
         return cls(bias, head.softcap, head.logit_scale, temperature)
 
     def apply_(self, products: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

@@ -26,12 +26,12 @@ def logits(
     """(z, dz/dx up to the factor scale) at the columns of a row."""
     # `width` is a multiple of 16 and `vocab` may not be: this mask leaves 16-byte loads possible
     x = tl.load(row + column, mask=column < width, other=0.0)
-    exists = (column < vocab) & (x > float("-inf"))
+    exists = (column < vocab) & (x != float("-inf"))  # NaN is one, and makes the row NaN
     if HAS_BIAS:
         x += tl.load(bias + column, mask=column < vocab, other=0.0)
     z, slope = capped(x, scale, softcap, HAS_SOFTCAP)
     if HAS_BIAS:
-        z = tl.maximum(z, FLOOR)
+        z = tl.where(z < FLOOR, FLOOR, z)  # a maximum would lose NaN
         slope = tl.where(tl.abs(x) < float("inf"), slope, 0.0)  # a banned token
     return tl.where(exists, z, NO_LOGIT), slope
 
@@ -42,6 +42,14 @@ def grow(pivot, z):
     distance = z - pivot
     shrunk = tl.exp2(-tl.abs(distance))
     return tl.maximum(pivot, z), tl.where(distance > 0, shrunk, 1.0), tl.where(distance > 0, 1.0, shrunk)
+
+
+@triton.jit
+def rounded(gradient, dtype: tl.constexpr):
+    """In the dtype of the products' operands. The reverse KL's gradient may be beyond fp16: it stays finite."""
+    if dtype == tl.float16:
+        gradient = tl.where(gradient > 65504.0, 65504.0, tl.where(gradient < -65504.0, -65504.0, gradient))
+    return gradient.to(dtype)
 
 
 @triton.jit
@@ -154,7 +162,7 @@ def divergence_rows(
                 else:
                     lm = log_mean(lp_s, lp_t, log2_beta, log2_rest)
                     g = tl.exp2(lp_s) * ((lp_s - lm - d_s) / LOG2E) * (1 - beta)
-            g = (g * factor * slope).to(gradient.dtype.element_ty)
+            g = rounded(g * factor * slope, gradient.dtype.element_ty)
             tl.store(gradient + column, g, mask=column < width)
 
 
@@ -192,4 +200,4 @@ def tail_rows(
             column = start + lane
             z, slope = logits(products, bias, column, vocab, width, scale, softcap, HAS_BIAS, HAS_SOFTCAP)
             g = tl.where(z > NO_LOGIT, tl.exp2(z - top) * factor * slope, 0.0)
-            tl.store(gradient + column, g.to(gradient.dtype.element_ty), mask=column < width)
+            tl.store(gradient + column, rounded(g, gradient.dtype.element_ty), mask=column < width)

@@ -91,6 +91,8 @@ class TorchRows:
         if not self.want_gradient:
             return None
         self.student.backward_(gradient.mul_(factor[:, None]), z, self.student.bias)
+        if self.operand_dtype is torch.float16:  # the reverse KL's may be beyond its range
+            gradient.clamp_(-65504, 65504)
         return gradient.to(self.operand_dtype)  # rounded once, where the products take 16-bit operands
 
 
