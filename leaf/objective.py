@@ -39,7 +39,9 @@ def head_of(model: PreTrainedModel) -> Head:
             f"{type(head).__name__}; put adapters on the body only (for LoRA: leave lm_head out of target_modules)"
         )
     if head.weight.numel() == 0:
-        raise ValueError(f"the output head of {type(model).__name__} is empty here; gather it if it is sharded (ZeRO-3)")
+        raise ValueError(
+            f"the output head of {type(model).__name__} is empty here; gather it if it is sharded (ZeRO-3)"
+        )
     config = model.config.get_text_config()
     scale = 1.0
     for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
@@ -82,9 +84,9 @@ def check_head(model: PreTrainedModel) -> None:
     if error > 2 * eps * size:  # NaN weights are the trainer's to report
         raise ValueError(
             f"the logits of {type(model).__name__} are not those of its output head with logit_scale={head.logit_scale:g} "
-            f"and softcap={head.softcap}, as read from its config: they are {error / size:.1%} of their norm apart. Either its "
-            "config names a scale or a cap that this class does not apply (remove it), or the class changes its logits in a way "
-            "that LeaF does not know"
+            f"and softcap={head.softcap}, as read from its config: they are {error / size:.1%} of their norm apart. Either "
+            "its config names a scale or a cap that this class does not apply (remove it), or the class changes its logits in "
+            "a way that LeaF does not know"
         )
 
 

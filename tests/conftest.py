@@ -24,7 +24,8 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
         return  # a worker has no workers of its own
     option, everything = config.option, config.args_source is pytest.Config.ArgsSource.TESTPATHS
     if everything and _interpreted(config) and option.numprocesses is None and not option.collectonly:
-        option.numprocesses, option.dist = os.cpu_count(), "loadfile"
+        # In order: the files that take longest come first
+        option.numprocesses, option.dist, option.loadscopereorder = os.cpu_count(), "loadfile", False
 
 
 def pytest_configure(config: pytest.Config) -> None:

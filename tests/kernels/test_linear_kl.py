@@ -323,7 +323,8 @@ def test_extreme_gradients_of_16_bits(dtype, divergence, beta, impl, monkeypatch
     assert head.isfinite().all()
     if divergence == "reverse_kl" and dtype is torch.float16:
         assert wanted[0].abs().max() > 2
-        torch.testing.assert_close(hidden[0].double(), wanted[0].clamp(-65504 * 5e-5, 65504 * 5e-5), rtol=4e-3, atol=0)
+        bound = 65504 * 2**-14  # the power of two above w · t
+        torch.testing.assert_close(hidden[0].double(), wanted[0].clamp(-bound, bound), rtol=4e-3, atol=0)
     torch.testing.assert_close(hidden[1].double(), wanted[1], rtol=2e-2, atol=1e-6)
 
 
@@ -341,7 +342,8 @@ def test_nan_that_counts_is_seen(divergence, beta, where, bias, impl):
     out = linear_kl(*args, impl=impl, **options)
     assert out.loss.isnan()
     assert out.per_token.isnan().tolist() == [where.endswith("weight")] * 2 + [True]
-    assert all(g.isnan().any() for g in torch.autograd.grad(out.loss, args[:2]))
+    nan = [bool(g.isnan().any()) for g in torch.autograd.grad(out.loss, args[:2])]
+    assert all(nan) or (impl == "reference" and nan[1])  # torch's clamp, on which biases rest, has no gradient at NaN
 
 
 @pytest.mark.parametrize("impl", IMPLS)

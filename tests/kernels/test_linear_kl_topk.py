@@ -218,7 +218,8 @@ def test_nan_that_counts_is_seen(loss, where, bias, impl):
         out = linear_kl_topk(*student, ids, log_probs.float(), tail=loss, student_bias=bias, impl=impl)
     assert out.loss.isnan()
     assert out.per_token[2].isnan()
-    assert all(g.isnan().any() for g in gradients(out, student))
+    nan = [bool(g.isnan().any()) for g in gradients(out, student)]
+    assert all(nan) or (impl == "reference" and nan[1])  # torch's clamp, on which biases rest, has no gradient at NaN
 
 
 @pytest.mark.parametrize("impl", IMPLS)

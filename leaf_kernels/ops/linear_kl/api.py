@@ -86,7 +86,7 @@ def linear_kl(
 
     Numerics: operands are rounded to autocast's dtype when it is active (fp32 parameters are fine then), otherwise all
     tensors must share one dtype. Logits, losses and accumulators are fp32 (fp64 for fp64). NaN in a row of non-zero weight
-    makes the loss NaN. In fp16 the reverse KL's gradient with respect to a logit, without w · t, is clamped to ±65504.
+    makes the loss NaN. In fp16 the reverse KL's gradient with respect to a logit is clamped, at 65504 · t · max|w| or above.
 
     Memory, beside the gradients that were asked for (dW in fp32 until the backward) and casts of the weights (on a CPU those
     of 16 bits are widened): scratch for one chunk of rows, at most 2 GiB, and on a CPU about as much as the larger of 128 MiB
