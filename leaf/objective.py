@@ -84,9 +84,9 @@ def check_head(model: PreTrainedModel) -> None:
     if error > 2 * eps * size:  # NaN weights are the trainer's to report
         raise ValueError(
             f"the logits of {type(model).__name__} are not those of its output head with logit_scale={head.logit_scale:g} "
-            f"and softcap={head.softcap}, as read from its config: they are {error / size:.1%} of their norm apart. Either "
-            "its config names a scale or a cap that this class does not apply (remove it), or the class changes its logits in "
-            "a way that LeaF does not know"
+            f"and softcap={head.softcap}, as read from its config: they are {error / size:.1%} of their norm apart. "
+            "Either its config names a scale or a cap that this class does not apply (remove it), or the class changes its "
+            "logits in a way that LeaF does not know"
         )
 
 

@@ -89,8 +89,8 @@ def linear_kl(
     makes the loss NaN. In fp16 the reverse KL's gradient with respect to a logit is clamped, at 65504 · t · max|w| or above.
 
     Memory, beside the gradients that were asked for (dW in fp32 until the backward) and casts of the weights (on a CPU those
-    of 16 bits are widened): scratch for one chunk of rows, at most 2 GiB, and on a CPU about as much as the larger of 128 MiB
-    and dW; nothing grows with N · V. Under `no_grad` no gradient is computed.
+    of 16 bits are widened): scratch for one chunk of rows, at most 2 GiB, and on a CPU about as much as the larger of 128
+    MiB and dW; nothing grows with N · V. Under `no_grad` no gradient is computed.
 
     Raises:
         ValueError, TypeError: naming the argument; for instance a teacher tensor that requires grad, vocabularies that

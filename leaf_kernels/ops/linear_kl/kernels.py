@@ -31,7 +31,7 @@ def logits(
         x += tl.load(bias + column, mask=column < vocab, other=0.0)
     z, slope = capped(x, scale, softcap, HAS_SOFTCAP)
     if HAS_BIAS:
-        z = tl.where(z < FLOOR, FLOOR, z)  # a maximum would lose NaN
+        z = tl.maximum(z, FLOOR, propagate_nan=tl.PropagateNan.ALL)
         slope = tl.where(tl.abs(x) < float("inf"), slope, 0.0)  # a banned token
     return tl.where(exists, z, NO_LOGIT), slope
 
@@ -48,7 +48,7 @@ def grow(pivot, z):
 def rounded(gradient, dtype: tl.constexpr):
     """In the dtype of the products' operands. The reverse KL's gradient may be beyond fp16: it stays finite."""
     if dtype == tl.float16:
-        gradient = tl.where(gradient > 65504.0, 65504.0, tl.where(gradient < -65504.0, -65504.0, gradient))
+        gradient = tl.clamp(gradient, -65504.0, 65504.0, propagate_nan=tl.PropagateNan.ALL)
     return gradient.to(dtype)
 
 

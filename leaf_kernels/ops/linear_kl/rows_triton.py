@@ -78,7 +78,10 @@ def _scales(logit_map: LogitMap) -> tuple[float, float]:
 
 
 def tile_of_rows(device: torch.device) -> dict[str, int]:
-    """Eight logits of a model per thread in flight; small in the interpreter, so that a small vocabulary takes several."""
+    """Eight logits of a model per thread in flight; small in the interpreter, so that a small vocabulary takes several.
+
+    Without a bound on registers, ptxas spills a few of them to reach the next step of occupancy.
+    """
     if architecture(device) == "interpreter":
         return {"BLOCK": 64, "num_warps": 4}
-    return {"BLOCK": 2048, "num_warps": 8}
+    return {"BLOCK": 2048, "num_warps": 8, "maxnreg": 96}
