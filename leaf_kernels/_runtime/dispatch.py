@@ -10,7 +10,9 @@ from ..types import Impl
 from .launch import interpreted
 
 # Ops that have a Triton implementation. `auto` picks it on NVIDIA GPUs of compute capability 8.0 and newer.
-TRITON_OPS = frozenset({"pruned_attention", "attention_mass", "linear_kl", "linear_kl_topk", "linear_cross_entropy"})
+TRITON_OPS = frozenset(
+    {"pruned_attention", "attention_mass", "linear_kl", "linear_kl_topk", "linear_cross_entropy", "token_scores"}
+)
 
 # Kernels of other libraries, served on request only and never by `auto`.
 VENDOR_IMPLS = {"pruned_attention": (Impl.TORCH_VARLEN, Impl.FLASH_ATTN)}

@@ -11,9 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from leaf_kernels import SharedPrefixLayout, flag_tokens, flagged_spans, token_scores
-from leaf_kernels.testing import ragged_lengths, ragged_starts, refuse_host_sync
+from leaf_kernels.ops.token_scores import op
+from leaf_kernels.testing import guarded_outputs, ragged_lengths, ragged_starts, refuse_host_sync
 
 INF, NAN = math.inf, math.nan
+IMPLS = ["auto", "triton"]  # on a CPU the specification, and the kernels in Triton's interpreter
 
 
 def starts(*values: int) -> torch.Tensor:
@@ -38,11 +40,12 @@ def min_max(values: list[float], constant: float) -> list[float]:
     return [(v - low) / (high - low) if high > low else constant for v in values]
 
 
+@pytest.mark.parametrize("impl", IMPLS)
 @settings(max_examples=25, deadline=None)
 @given(seed=st.integers(0, 10**6), masked=st.booleans(), tail=st.integers(0, 3))
-def test_scores_are_those_of_a_loop(seed, masked, tail):
+def test_scores_are_those_of_a_loop(impl, seed, masked, tail):
     teacher, student, segment_starts, scored = pack(seed, tail)
-    out = token_scores(teacher, student, segment_starts, scored=scored if masked else None)
+    out = token_scores(teacher, student, segment_starts, scored=scored if masked else None, impl=impl)
     norms, score = torch.zeros(2, len(teacher)), torch.full((len(teacher),), INF)
     for here in slices(segment_starts):
         rows = [i for i in range(here.start, here.stop) if scored[i] or not masked]
@@ -59,28 +62,31 @@ def test_scaling_a_model_changes_nothing():
     torch.testing.assert_close(token_scores(teacher * 1e-3, student * 8, segment_starts).score, score)
 
 
-def test_constants():
+@pytest.mark.parametrize("impl", IMPLS)
+def test_constants(impl):
     """A constant norm normalises to 0; a constant difference scores 1, so that nothing is flagged."""
     one = torch.ones(4, 1)
     ramp = torch.tensor([[1.0], [2.0], [3.0], [5.0]])
     segment_starts = starts(0, 4)
-    assert token_scores(one, ramp, segment_starts).score.tolist() == [1, 0.75, 0.5, 0]
-    assert token_scores(ramp, one, segment_starts).score.tolist() == [0, 0.25, 0.5, 1]
+    assert token_scores(one, ramp, segment_starts, impl=impl).score.tolist() == [1, 0.75, 0.5, 0]
+    assert token_scores(ramp, one, segment_starts, impl=impl).score.tolist() == [0, 0.25, 0.5, 1]
     for teacher, student in ((one, one), (ramp, ramp), (ramp[:1], one[:1])):
         where = starts(0, len(teacher))
-        score = token_scores(teacher, student, where).score
+        score = token_scores(teacher, student, where, impl=impl).score
         assert score.tolist() == [1] * len(teacher)
         assert not flag_tokens(score, where, q=0.9).any()
 
 
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("which", [0, 1], ids=["teacher", "student"])
 @pytest.mark.parametrize("bad", [NAN, INF, -INF])
-def test_non_finite_norms_stay_in_their_segment(bad):
+def test_non_finite_norms_stay_in_their_segment(bad, which, impl):
     teacher, student = torch.arange(1.0, 10).square()[:, None], torch.ones(9, 1)
     segment_starts, scored = starts(0, 3, 6, 9), torch.ones(9, dtype=torch.bool)
     scored[5] = scored[8] = False
-    clean = token_scores(teacher, student, segment_starts, scored=scored)
-    teacher[4] = teacher[8] = bad  # scored in the second segment, not scored in the third
-    out = token_scores(teacher, student, segment_starts, scored=scored)
+    clean = token_scores(teacher, student, segment_starts, scored=scored, impl=impl)
+    (teacher, student)[which][[4, 8]] = bad  # scored in the second segment, not scored in the third
+    out = token_scores(teacher, student, segment_starts, scored=scored, impl=impl)
     assert out.score[3:5].isnan().all()
     assert out.score[[5, 8]].tolist() == [INF, INF]
     rest = [0, 1, 2, 6, 7]
@@ -89,17 +95,63 @@ def test_non_finite_norms_stay_in_their_segment(bad):
     assert not flag_tokens(out.score, segment_starts, rule="threshold", tau=2.0)[3:6].any()
 
 
+@pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
-def test_norms_are_accumulated_wide(dtype):
+def test_norms_are_accumulated_wide(dtype, impl):
     """Entries of 1e-4 square to 0 in fp16, and a bf16 sum of 4096 ones stops at 256."""
     gradient = torch.full((3, 4096), 1e-4, dtype=dtype)
-    out = token_scores(gradient, torch.ones(3, 4096, dtype=dtype), starts(0, 3))
+    out = token_scores(gradient, torch.ones(3, 4096, dtype=dtype), starts(0, 3), impl=impl)
     wide = torch.float64 if dtype is torch.float64 else torch.float32
     assert {x.dtype for x in out} == {wide}
     torch.testing.assert_close(out.teacher_norm, gradient.to(wide).norm(dim=1))
     torch.testing.assert_close(out.student_norm, torch.full((3,), 64.0, dtype=wide))
-    mixed = token_scores(gradient, torch.ones(3, 2), starts(0, 3))
+    mixed = token_scores(gradient, torch.ones(3, 2), starts(0, 3), impl=impl)
     torch.testing.assert_close(mixed.student_norm, torch.full((3,), 2**0.5))
+
+
+@pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.parametrize("segments", [starts(0, 300), starts(0, 129, 129, 130, 290)], ids=["one", "four and a tail"])
+def test_long_segments_and_odd_strides(segments, masked):
+    """Several blocks of rows and of columns, nothing written beside the outputs."""
+    g = torch.Generator().manual_seed(0)
+    teacher, student = torch.randn(300, 140, generator=g)[:, 1:136], torch.randn(70, 300, generator=g).T
+    scored = torch.rand(600, generator=g)[::2] < 0.7 if masked else None
+    with guarded_outputs():
+        out = token_scores(teacher, student, segments, scored=scored, impl="triton")
+    expected = token_scores(teacher, student, segments, scored=scored, impl="reference")
+    torch.testing.assert_close(out, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_rows_that_are_not_scored_are_not_read():
+    """Nor those beyond the last segment: NaN there changes nothing."""
+    gradient = torch.ones(5, 3)
+    gradient[2:] = NAN
+    for where, scored in ((starts(0, 5), torch.arange(5) < 2), (starts(0, 2), None)):
+        out = token_scores(gradient, gradient, where, scored=scored, impl="triton")
+        assert out.teacher_norm.tolist() == out.student_norm.tolist() == pytest.approx([3**0.5] * 2 + [0] * 3)
+        assert out.score.tolist() == [1, 1, INF, INF, INF]
+
+
+def test_operator_passes_opcheck():
+    teacher, student, segment_starts, scored = pack(1)
+    for mask in (scored, None):
+        torch.library.opcheck(torch.ops.leaf_kernels.token_scores.default, (teacher, student, segment_starts, mask))
+
+
+def test_one_graph_for_all_lengths():
+    graphs = []
+
+    def backend(graph, example):
+        graphs.append(graph)
+        return graph
+
+    torch._dynamo.reset()
+    compiled = torch.compile(token_scores, fullgraph=True, backend=backend)
+    for seed in range(20):
+        teacher, student, segment_starts, scored = pack(seed, segments=3 + seed)
+        out = compiled(teacher, student, segment_starts, scored=scored, impl="triton")
+        torch.testing.assert_close(out, token_scores(teacher, student, segment_starts, scored=scored))
+    assert len(graphs) <= 2  # the first length, then any
 
 
 PAPER = [0.01, 0.02, 0.9, 0.03, 0.8, 0.7, 0.7, 0.7, 0.9, 0.9, 0.8, 0.7, 0.6]
@@ -180,10 +232,11 @@ def test_spans_do_not_cross_segments_and_always_fit():
     assert spans.to_list() == [(i // 3, i, i + 1) for i in range(12) if i % 3 != 1]
 
 
+@pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("segment_starts", [starts(0), starts(0, 0), starts(0, 0, 0)])
 @pytest.mark.parametrize("N", [0, 2])
-def test_nothing_to_score(segment_starts, N):
-    out = token_scores(torch.ones(N, 3), torch.ones(N, 2), segment_starts)
+def test_nothing_to_score(segment_starts, N, impl):
+    out = token_scores(torch.ones(N, 3), torch.ones(N, 2), segment_starts, impl=impl)
     assert out.score.tolist() == [INF] * N
     flags = flag_tokens(out.score, segment_starts, q=0.5)
     assert flags.tolist() == [False] * N
@@ -195,6 +248,7 @@ def test_no_host_sync_and_no_gradients():
     teacher.requires_grad_()
     with refuse_host_sync():
         out = token_scores(teacher, student, segment_starts, scored=scored)
+        op.scores(teacher.detach(), student, segment_starts, scored)  # an operator would hide a sync
         flags = flag_tokens(out.score, segment_starts, q=0.3, flaggable=scored)
         flag_tokens(out.score, segment_starts, rule="threshold", tau=0.3)
         spans = flagged_spans(flags, segment_starts)
@@ -222,7 +276,7 @@ def test_segment_starts_of_a_layout():
         (lambda s: token_scores(torch.zeros(2, 1), torch.zeros(2, 1), s.long()), TypeError, "segment_starts must be"),
         (lambda s: token_scores(torch.zeros(2, 1), torch.zeros(2, 1), s[:0]), ValueError, "segment_starts must have S"),
         (lambda s: token_scores(*[torch.zeros(2, 1)] * 2, s, scored=torch.zeros(2)), TypeError, "scored must be"),
-        (lambda s: token_scores(*[torch.zeros(2, 1)] * 2, s, impl="triton"), NotImplementedError, "impl='auto'"),
+        (lambda s: flag_tokens(torch.zeros(2), s, q=0.1, impl="triton"), NotImplementedError, "impl='auto'"),
         (lambda s: flag_tokens(torch.zeros(2), s), ValueError, "rule='quantile' needs q"),
         (lambda s: flag_tokens(torch.zeros(2), s, q=1.5), ValueError, "q in .0, 1."),
         (lambda s: flag_tokens(torch.zeros(2), s, q=0.1, tau=0.1), ValueError, "and no tau"),

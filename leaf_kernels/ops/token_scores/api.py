@@ -53,8 +53,12 @@ def token_scores(
     _check_mask(op, "scored", scored, N)
     _check_segment_starts(op, segment_starts)
     check_device(op, teacher_grad.device, student_grad=student_grad, segment_starts=segment_starts, scored=scored)
-    resolve_impl(op, impl, teacher_grad.device)  # refuses what cannot be served
-    return token_scores_reference(teacher_grad.detach(), student_grad.detach(), segment_starts, scored)
+    arguments = (teacher_grad.detach(), student_grad.detach(), segment_starts, scored)
+    if resolve_impl(op, impl, teacher_grad.device) is Impl.TRITON:
+        from .op import token_scores_triton
+
+        return token_scores_triton(*arguments)
+    return token_scores_reference(*arguments)
 
 
 def flag_tokens(
