@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from . import linear_cross_entropy, linear_kl
+from ._runtime.checks import check_shape, check_tensor
 from .types import Impl
 
 
@@ -27,27 +28,40 @@ class _LinearLoss(torch.nn.Module):
         return ", ".join(f"{name}={value!r}" for name, value in {"reduction": self.reduction, **self.options}.items())
 
 
+def _check_labels(module: str, name: str, labels: torch.Tensor | None, tokens: tuple[int, ...]) -> None:
+    if labels is None:
+        return
+    check_shape(module, name, check_tensor(module, name, labels, len(tokens)), tokens, "to match the hidden states")
+    if labels.is_floating_point() or labels.dtype is torch.bool:
+        raise TypeError(
+            f"{module}: {name} must be labels, in which −100 masks a token, got {labels.dtype}; of a mask make them with "
+            "torch.where(mask, labels, -100)"
+        )
+
+
 class LinearKLLoss(_LinearLoss):
     """`linear_kl` in place of `LigerFusedLinearJSD`.
 
         loss = LinearKLLoss(temperature=2.0)
         loss(student_hidden, student_weight, teacher_hidden, teacher_weight, shift_labels)
 
-    Liger's `jsd_beta` 0 and 1 are `divergence` "forward_kl" and "reverse_kl"; between them "jsd" with `beta=jsd_beta`.
-    Unlike Liger's, the loss has the factor t², which keeps gradients of one size whatever the temperature.
+    The default is the forward KL, Liger's a JSD with `jsd_beta=0.5`: here `divergence="jsd", beta=0.5`. Its `jsd_beta` 0 and
+    1 are "forward_kl" and "reverse_kl". Unlike Liger's, the loss has the factor t², which keeps gradients of one size
+    whatever the temperature.
 
     Args:
         temperature, divergence, beta, vocab_size, student_softcap, teacher_softcap, student_logit_scale,
             teacher_logit_scale, chunk_rows, impl: as in `linear_kl`.
-        reduction: "mean" over the tokens that are not masked (0 if all are), or "sum".
+        reduction: "mean" over the tokens of a call that are not masked (0 if all are), or "sum", to be divided by the tokens
+            of all micro-batches.
     """
 
     def __init__(
         self,
+        *,
         temperature: float = 1.0,
         divergence: str = "forward_kl",
         beta: float | None = None,
-        *,
         reduction: str = "mean",
         vocab_size: int | None = None,
         student_softcap: float | None = None,
@@ -87,6 +101,11 @@ class LinearKLLoss(_LinearLoss):
         teacher's tensors are used detached. shift_labels: [...] integers, of which only −100, "masked", has a meaning; None
         = all tokens. With labels, one host sync.
         """
+        name, tokens = type(self).__name__, tuple(student_hidden.shape[:-1])
+        check_shape(
+            name, "teacher_hidden", teacher_hidden, (*tokens, teacher_hidden.shape[-1]), "as student_hidden [..., Ds]"
+        )
+        _check_labels(name, "shift_labels", shift_labels, tokens)
         weights = None if shift_labels is None else (shift_labels != -100).flatten().to(torch.float32)
         loss, per_token = linear_kl(
             student_hidden.flatten(0, -2),
@@ -139,6 +158,7 @@ class LinearCrossEntropyLoss(_LinearLoss):
         weight: [V, D]. hidden: [..., D]. labels: [...] int64, −100 = masked; a label belongs to its own token: shift before.
         One host sync.
         """
+        _check_labels(type(self).__name__, "labels", labels, tuple(hidden.shape[:-1]))
         loss, _ = linear_cross_entropy(
             hidden.flatten(0, -2),
             weight,

@@ -50,6 +50,7 @@ def test_python_block_of_docs_linear_kl_runs():
     (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "linear_kl.md").read_text(), re.DOTALL)
     names: dict[str, object] = {
         "mask": torch.tensor([1.0, 0.0, 1.0]),
+        "rows": torch.tensor([0, 2]),
         "shift_labels": torch.tensor([1, -100, 2]),
         "student_hidden": torch.randn(3, 4),
         "student_head": torch.randn(9, 4),

@@ -146,6 +146,8 @@ def check(run, case: dict[str, Any]) -> None:
     largest = {"gap 2e4": 2e4, "one-hot": 2e4, "gap 200": 200}.get(case["logits"], 5)
     for name, exact in oracle.items():
         assert actual[name].dtype == plain[name].dtype
+        if exact.abs().max() > torch.finfo(plain[name].dtype).max:
+            continue  # banned by one model, in fp16
         assert actual[name].isfinite().all(), name
         floor = rounding(name, case, largest, float(exact.abs().max()))
         try:
@@ -168,7 +170,7 @@ def unit(name: str, case: dict[str, Any], largest: float) -> float:
 
 def rounding(name: str, case: dict[str, Any], largest: float, exact: float) -> float:
     """A softmax of logits of size L has a relative error of eps·L, whatever the formula."""
-    capped = [min(largest * abs(scale), cap or math.inf) for scale, cap in zip(case["scale"], case["softcap"])]
+    capped = [cap or largest * abs(scale) for scale, cap in zip(case["scale"], case["softcap"])]
     return max(max(capped) / case["temperature"], 5) * max(unit(name, case, largest), exact)
 
 

@@ -149,10 +149,17 @@ def test_bad_reductions_and_shapes_are_named():
     with pytest.raises(ValueError, match="LinearKLLoss: reduction must be 'mean' or 'sum', got 'none'"):
         LinearKLLoss(reduction="none")
     x = inputs()
-    with pytest.raises(ValueError, match="token_weight"):
-        LinearKLLoss()(x["sh"], x["sw"], x["th"], x["tw"], x["labels"][:, 1:])
-    with pytest.raises(ValueError, match="labels"):
-        LinearCrossEntropyLoss()(x["sw"], x["sh"], x["labels"][:, 1:])
+    kl, cross_entropy = LinearKLLoss(), LinearCrossEntropyLoss()
+    with pytest.raises(ValueError, match=r"LinearKLLoss: shift_labels must have shape \(2, 5\)"):
+        kl(x["sh"], x["sw"], x["th"], x["tw"], x["labels"][:, 1:])
+    with pytest.raises(ValueError, match=r"LinearKLLoss: teacher_hidden must have shape \(2, 5, 4\)"):
+        kl(x["sh"], x["sw"], x["th"].transpose(0, 1), x["tw"])
+    with pytest.raises(ValueError, match=r"LinearCrossEntropyLoss: labels must have shape \(2, 5\)"):
+        cross_entropy(x["sw"], x["sh"], x["labels"].T)
+    with pytest.raises(TypeError, match=r"shift_labels must be labels, .* got torch.bool; .* torch.where"):
+        kl(x["sh"], x["sw"], x["th"], x["tw"], x["labels"] != -100)
+    with pytest.raises(TypeError, match=r"positional"):
+        LinearKLLoss(0.5)  # Liger's first option is jsd_beta
 
 
 def test_compiles_whole():

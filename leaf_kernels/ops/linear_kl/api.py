@@ -164,8 +164,9 @@ def linear_kl_topk(
     Args:
         student_hidden, student_weight: [N, D] and [V, D], any strides.
         topk_ids: [N, K] int64, distinct in a row, in [0, V) (`vocab_size` if given); −1 = padding.
-        topk_logprobs: [N, K] floating point: log-softmax of the teacher's logits / t over its whole vocabulary, at these
-            ids; a constant. Not looked at where the id is −1.
+        topk_logprobs: [N, K] floating point: log-softmax of the teacher's logits / t at these ids, over all tokens that the
+            student has too (cut logits of padded embeddings off before the softmax); a constant. Not looked at where the id
+            is −1.
         token_weight, rows, temperature, vocab_size, student_bias, student_softcap, student_logit_scale, chunk_rows, impl: as
             in `linear_kl`.
         tail: "bucket" | "renormalise".

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 
 from ..._runtime.mm import addmm_into, mm_into, operand_dtype
-from .head import PADDING, Head, LogitMap, accumulator_dtype
+from .head import PADDING, Head, LogitMap, accumulator_dtype, stored_dtype
 from .rows_torch import Target, TorchRows
 
 # (products [c, V] of the chunk's rows, the chunk, w t s / P [c]) -> (D [c], gradient [c, V]); products may be overwritten,
@@ -65,7 +65,7 @@ class Result(NamedTuple):
     loss: torch.Tensor  # scalar
     values: torch.Tensor  # [M], t² D
     power: torch.Tensor  # scalar, P
-    hidden: torch.Tensor  # [M, D], in the dtype of the hidden states
+    hidden: torch.Tensor  # [M, D], in the dtype of the hidden states, fp32 for fp16
     weight: torch.Tensor  # [V, D], fp32 (fp64 for fp64), as is the bias
     bias: torch.Tensor  # [V]
 
@@ -175,7 +175,8 @@ def _accumulate(head: Head, options: Options, rows: TorchRows, step: Step) -> Re
     want_hidden, want_weight, want_bias = options.wants
     new = functools.partial(torch.empty, dtype=row_weight.dtype, device=row_weight.device)
     values = new(M)
-    dhidden = torch.empty((M, D) if want_hidden else 0, dtype=head.hidden.dtype, device=row_weight.device)
+    stored = stored_dtype(head.hidden.dtype)
+    dhidden = torch.empty((M, D) if want_hidden else 0, dtype=stored, device=row_weight.device)
     dweight, dbias = new((V, D) if want_weight else 0).zero_(), new(V if want_bias else 0).zero_()
     products, chunk_rows = rows.new_products(), max(min(options.chunk_rows, M), 1)
     spare = new((chunk_rows, D) if want_hidden and dhidden.dtype != row_weight.dtype else 0)

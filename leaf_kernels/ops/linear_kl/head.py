@@ -60,6 +60,11 @@ class LogitMap(NamedTuple):
         return gradient
 
 
+def stored_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What the gradient of hidden states in `dtype` waits for the backward in, divided by P: that may be beyond fp16."""
+    return torch.float32 if dtype is torch.float16 else dtype
+
+
 def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of logits, losses and accumulated gradients."""
     return torch.float64 if dtype is torch.float64 else torch.float32

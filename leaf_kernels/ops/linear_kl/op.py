@@ -9,7 +9,7 @@ from torch.autograd.function import once_differentiable
 
 from ..._runtime.library import define
 from .chunked import Options, Result, default_chunk_rows, linear_kl_chunked, linear_kl_topk_chunked
-from .head import Head
+from .head import Head, stored_dtype
 
 # The fields of Head and Options
 _SHARED = (
@@ -41,7 +41,7 @@ def _fake(*args: Any) -> Result:
         loss=new(()),
         values=new(M),
         power=new(()),
-        hidden=head.hidden.new_empty((M, D) if want_hidden else 0),
+        hidden=new((M, D) if want_hidden else 0, dtype=stored_dtype(head.hidden.dtype)),
         weight=new((V, D) if want_weight else 0),
         bias=new(V if want_bias else 0),
     )
