@@ -29,6 +29,7 @@ from leaf_kernels.ops.linear_kl.rows_triton import TritonRows, tile_of_rows
 from leaf_kernels.ops.pruned_attention import op
 from leaf_kernels.ops.pruned_attention.configs import Tile, fused_tile, tile_for
 from leaf_kernels.ops.pruned_attention.schedule import key_tiles, query_tiles
+from leaf_kernels.ops.token_scores import op as scores_op
 from leaf_kernels.testing.offline import SHARED_LIMIT, TENSOR_MEMORY_COLUMNS, Compiled, compile_offline
 
 RESULTS = Path(__file__).parent / "results" / "compile"
@@ -45,7 +46,7 @@ VOCABULARIES = (128256, 50257)  # a multiple of 16, and not
 class Case:
     arch: str
     kernel: str
-    size: int  # of a head, or of the vocabulary
+    size: int  # of a head, of the vocabulary, or of the hidden states
     options: str = "none"  # of GROUPS; "all" is keep, window, softcap, sinks and lse gradient
     dtype: str = "bfloat16"
 
@@ -68,6 +69,8 @@ def all_cases() -> Iterator[Case]:
         SHARED_LIMIT, ROW_PASSES, VOCABULARIES, ("none", "all"), ("bfloat16", "float16", "float32")
     ):
         yield Case(arch, kernel, vocab, options, dtype)
+    for arch, dtype in itertools.product(SHARED_LIMIT, ("bfloat16", "float16", "float32")):
+        yield Case(arch, "token_scores", 4096, "all", dtype)
 
 
 def ci_cases() -> Iterator[Case]:
@@ -95,11 +98,13 @@ def ci_cases() -> Iterator[Case]:
     for arch in ("sm_86", "sm_120"):
         yield Case(arch, "forward_kl", 50257, "all")
     yield Case("sm_90", "reverse_kl", 128256, "all", "float16")
+    for arch in ("sm_80", "sm_90", "sm_120"):
+        yield Case(arch, "token_scores", 4096, "all")
 
 
 def tile_of(case: Case) -> Tile | None:
     """The configuration that a launch of this case takes; inside `compile_offline`."""
-    if case.kernel == "row_terms":
+    if case.kernel in ("row_terms", "token_scores"):
         return Tile(0, 0, 0, 0)
     if case.kernel in ROW_PASSES:
         rows = tile_of_rows(torch.device("meta"))
@@ -113,6 +118,12 @@ def compile_case(case: Case) -> tuple[Tile | None, list[Compiled]]:
     if case.kernel in ROW_PASSES:
         with compile_offline(case.arch) as compiled:
             run_row_pass(case)
+            return tile_of(case), compiled
+    if case.kernel == "token_scores":
+        with compile_offline(case.arch) as compiled:
+            gradient = torch.empty(64, case.size, dtype=getattr(torch, case.dtype), device="meta")
+            starts, scored = (torch.empty(n, dtype=d, device="meta") for n, d in ((5, torch.int32), (64, torch.bool)))
+            scores_op.scores(gradient, gradient, starts, scored)
             return tile_of(case), compiled
     layout = SharedPrefixLayout.from_lengths([100] * 10).to("meta")
     N, Hk, D = layout.num_tokens, 2, case.size
@@ -172,7 +183,9 @@ def problems(case: Case, tile: Tile | None, kernel: Compiled) -> list[str]:
         found.append(f"{kernel.stack} bytes of registers spilled per thread")
     if case.kernel in ROW_PASSES:
         found += [f"no {name} instruction" for name in ("LDG.E.128", "STG.E.128") if name not in kernel.instructions]
-    elif tile is not None and case.kernel != "row_terms":
+    elif kernel.kernel == "row_norms":
+        found += [] if "LDG.E.128" in kernel.instructions else ["no LDG.E.128 instruction"]
+    elif tile is not None and case.kernel not in ("row_terms", "token_scores"):
         wanted = tensor_core(case.arch, tile, kernel.kernel)
         if not any(name.startswith(wanted) for name in kernel.instructions):
             found.append(f"no {wanted} instruction")

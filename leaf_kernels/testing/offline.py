@@ -71,6 +71,7 @@ def compile_offline(arch: str) -> Iterator[list[Compiled]]:
             mock.patch.object(KernelInterface, "__getitem__", compile_instead),
             mock.patch("leaf_kernels.ops.pruned_attention.configs.architecture", return_value=table),
             mock.patch("leaf_kernels.ops.linear_kl.rows_triton.architecture", return_value=table),
+            mock.patch("leaf_kernels.ops.token_scores.op.architecture", return_value=table),
         ):
             yield compiled
     finally:

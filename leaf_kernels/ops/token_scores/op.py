@@ -19,7 +19,7 @@ def scores(
     scored = None if scored is None else scored.contiguous().view(torch.uint8)
     N, S = len(teacher), len(segment_starts) - 1
     out = _empty(teacher, student)
-    block, whole = (64, 64) if architecture(teacher.device) == "interpreter" else (1024, 4096)
+    block, whole = (64, 64) if architecture(teacher.device) == "interpreter" else (1024, 2048)
     launch(
         kernels.row_norms, N,
         teacher, student, scored, segment_starts, *out, S, teacher.stride(0), student.stride(0),
