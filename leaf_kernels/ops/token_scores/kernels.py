@@ -7,13 +7,13 @@ INF = tl.constexpr(float("inf"))
 
 
 @triton.jit
-def norm(gradient, row, row_stride, width, wanted, WIDE: tl.constexpr, BLOCK: tl.constexpr):
-    """‖gradient[row]‖₂, accumulated in WIDE; 0, and nothing is read, if it is not wanted."""
+def norm(gradient, row, row_stride, width, WIDE: tl.constexpr, BLOCK: tl.constexpr):
+    """‖gradient[row, :width]‖₂, accumulated in WIDE."""
     gradient += row * row_stride
     lane = tl.arange(0, BLOCK)
     squares = tl.zeros([BLOCK], WIDE)
     for start in range(0, width, BLOCK):
-        x = tl.load(gradient + start + lane, mask=(start + lane < width) & wanted, other=0.0).to(WIDE)
+        x = tl.load(gradient + start + lane, mask=start + lane < width, other=0.0).to(WIDE)
         squares += x * x
     return tl.sqrt(tl.sum(squares, 0))
 
@@ -29,11 +29,13 @@ def row_norms(
     wanted = row < tl.load(segment_starts + num_segments)
     if HAS_SCORED:
         wanted = wanted & (tl.load(scored + row) != 0)
-    t = norm(teacher, row, teacher_stride, teacher_width, wanted, teacher_norm.dtype.element_ty, BLOCK)
-    s = norm(student, row, student_stride, student_width, wanted, student_norm.dtype.element_ty, BLOCK)
+    teacher_width = tl.where(wanted, teacher_width, 0)
+    student_width = tl.where(wanted, student_width, 0)
+    t = norm(teacher, row, teacher_stride, teacher_width, teacher_norm.dtype.element_ty, BLOCK)
+    s = norm(student, row, student_stride, student_width, student_norm.dtype.element_ty, BLOCK)
     tl.store(teacher_norm + row, t)
     tl.store(student_norm + row, s)
-    tl.store(score + row, INF, mask=~wanted)
+    tl.store(score + row, INF, mask=wanted == 0)
 
 
 @triton.jit
