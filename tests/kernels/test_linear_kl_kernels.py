@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
+from losses import as_on_a_gpu
 
 from leaf_kernels import linear_cross_entropy, linear_kl, linear_kl_topk
 from leaf_kernels.ops.linear_kl import chunked, op, rows_triton
@@ -311,15 +312,8 @@ def test_cross_entropy_is_torchs():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @each_loss
 def test_gradients_of_16_bits(loss, dtype, monkeypatch):
-    """Products of 16-bit operands into fp32, as CUDA has them: the kernels round the logit gradient to 16 bits."""
-
-    def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        assert a.dtype == b.dtype
-        return a.float() @ b.float()
-
-    monkeypatch.setattr(chunked, "operand_dtype", lambda dtype, device: dtype)
-    monkeypatch.setattr(chunked, "mm_into", lambda out, a, b: out.copy_(product(a, b)))
-    monkeypatch.setattr(chunked, "addmm_into", lambda out, a, b: out.add_(product(a, b)))
+    """The kernels round the logit gradient to 16 bits, once."""
+    as_on_a_gpu(monkeypatch)
     name = "bias" if loss is cross_entropy else "student_bias"
     tensors = [*inputs(dtype=dtype), torch.linspace(-1, 1, 70).to(dtype).requires_grad_()]
     weight = torch.full((12,), 1 / 32768)  # keeps its digits
