@@ -7,6 +7,7 @@ import torch
 from ..._runtime.launch import architecture, launch
 from ..._runtime.library import define
 from ...types import TokenScores
+from ..pruned_attention.arguments import as_bytes
 
 
 def scores(
@@ -16,7 +17,7 @@ def scores(
 
     teacher, student = (g if g.stride(1) == 1 else g.contiguous() for g in (teacher_grad, student_grad))
     segment_starts = segment_starts.contiguous()
-    scored = None if scored is None else scored.contiguous().view(torch.uint8)
+    scored = as_bytes(scored)
     N, S = len(teacher), len(segment_starts) - 1
     out = _empty(teacher, student)
     block, whole = (64, 64) if architecture(teacher.device) == "interpreter" else (1024, 2048)
