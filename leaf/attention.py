@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from leaf_kernels import SharedPrefixLayout
 from leaf_kernels.integrations.transformers import NAME, MassRecorder, check_model, packed_inputs, register
 
-from .score import batches
+from .sensitivity import batches
 
 
 class Marked(NamedTuple):

@@ -21,9 +21,10 @@ from .distill import distill
 from .evaluate import attention_to_flagged, summary
 from .prune import prune_row
 from .run import Produced, Run, prune_options, read
-from .score import Sensitivity, score_row, sensitivities, skipped_row
+from .score import score_row, skipped_row
 from .select import Answer, Selected, answer_rows, roles
 from .select import decide as decide_row
+from .sensitivity import Sensitivity, sensitivities
 from .tables import Table, digest, model_key, open_table
 from .verify import ROLES, answered_rightly
 from .verify import decide as decide_counterfactual

@@ -12,7 +12,7 @@ import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from leaf.objective import check_head, distillation, head_of, install
-from leaf.score import sensitivities
+from leaf.sensitivity import sensitivities
 
 VOCAB = 61
 COMMON = {

@@ -105,7 +105,7 @@ def _options(
     wants = [torch.is_grad_enabled() and p is not None and p.requires_grad for p in parameters]
     if chunk_rows is None:
         V, D = head.weight.shape
-        chunk_rows = default_chunk_rows(V, D, dtype, triton)
+        chunk_rows = default_chunk_rows(V, D, dtype, triton, dweight=wants[1])
     return Options(rows, row_weight, temperature, dtype, chunk_rows, wants, triton)
 
 

@@ -1,0 +1,263 @@
+"""The scoring engine: how much a frozen model's loss reacts to each token's embedding (E1), on packs that fit."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple, Protocol, TypeVar
+
+import torch
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from leaf_kernels import SharedPrefixLayout, linear_cross_entropy
+from leaf_kernels.integrations.transformers import NAME, check_model, register
+
+from .data import Sample, Skip
+from .objective import check_head, head_of, hidden_states
+
+logger = logging.getLogger(__name__)
+
+TILE_ROWS = {"cpu": 512, "cuda": 4096}  # of an MLP: enough that no product of matrices is slower for it
+
+
+class HasTokens(Protocol):
+    @property
+    def input_ids(self) -> list[int]: ...
+
+
+Item = TypeVar("Item", bound=HasTokens)
+
+
+class Sensitivity(NamedTuple):
+    """One model on one sample."""
+
+    norm: torch.Tensor  # [n] fp32, ‖d loss / d embedding‖ at every position; only scored ones are meaningful
+    loss: float  # mean cross-entropy of the response tokens, end of turn included
+    nll: torch.Tensor | None  # [n] fp32, −log p of each scored token given what precedes it; None unless asked for
+
+
+def sensitivities(
+    model: PreTrainedModel,
+    samples: Sequence[Sample],
+    *,
+    max_tokens: int,
+    perplexity: bool = False,
+    activation_checkpointing: bool = True,
+) -> Iterator[Sensitivity | Skip]:
+    """E1 for one model, in order. Samples are packed, never mixed: the loss of a pack is the sum of its samples' means.
+
+    No parameter ever has a gradient: weights are frozen and the loss is differentiated with respect to detached embeddings.
+    Logits are never held for more than a chunk of the response rows. The model is left frozen, in eval mode, on
+    `attn_implementation="leaf"` and, where asked, with activation checkpointing on.
+
+    What does not fit into memory is cut: a pack is halved down to single samples; a sample that does not fit alone is
+    tried once more with its checkpoints in host memory (on a GPU); then it is a skip, `oom`.
+
+    Args:
+        max_tokens: budget of a pack; a longer sample gets a pack of its own.
+        perplexity: also the −log p of each scored token.
+    """
+    engine = _Engine(model, perplexity, activation_checkpointing)
+    for batch in batches(samples, max_tokens):
+        yield from engine.run(batch)
+
+
+def batches(items: Sequence[Item], max_tokens: int) -> Iterator[list[Item]]:
+    """Consecutive items with at most `max_tokens` tokens together; a longer one gets a batch of its own."""
+    batch: list[Item] = []
+    size = 0
+    for item in items:
+        if batch and size + len(item.input_ids) > max_tokens:
+            yield batch
+            batch, size = [], 0
+        batch.append(item)
+        size += len(item.input_ids)
+    if batch:
+        yield batch
+
+
+class _Engine:
+    def __init__(self, model: PreTrainedModel, perplexity: bool, activation_checkpointing: bool):
+        register()
+        check_model(model)
+        model.set_attn_implementation(NAME)
+        model.requires_grad_(False).eval()
+        check_head(model)
+        self.model, self.perplexity, self.head = model, perplexity, head_of(model)
+        self.layers = [m for m in model.base_model.modules() if isinstance(m, GradientCheckpointingLayer)]
+        self.checkpoints = activation_checkpointing and model.supports_gradient_checkpointing and bool(self.layers)
+        self._checkpoint(offload=False)
+        self.mlps = [layer.mlp for layer in self.layers] if _mlps_are_row_wise(model, self.layers) else []
+        self.too_many: float = float("inf")  # tokens that did not fit, the fewest so far
+
+    def _checkpoint(self, offload: bool) -> None:
+        """Checkpoints every layer but the last, whose activations its own backward needs right away."""
+        if self.checkpoints:
+            self.model.activation_checkpointing_enable(offload=offload)
+            for layer in self.layers:
+                layer.training = True  # checkpoints in train mode only; its children stay in eval mode: no dropout
+            self.layers[-1].gradient_checkpointing = False
+
+    def run(self, batch: Sequence[Sample]) -> list[Sensitivity | Skip]:
+        """Cuts a pack until it fits; what does not fit alone even with all that saves memory is skipped."""
+        tokens = sum(len(sample.input_ids) for sample in batch)
+        if tokens < self.too_many:
+            if result := self._try(batch, offload=False):
+                return result
+            self.too_many = tokens
+        if len(batch) > 1:
+            half = len(batch) // 2
+            return self.run(batch[:half]) + self.run(batch[half:])
+        if self.checkpoints and self.head.weight.is_cuda and (result := self._try(batch, offload=True)):
+            return result
+        return [Skip(batch[0].id, "oom", f"{tokens} tokens do not fit into memory, not even alone")]
+
+    def _try(self, batch: Sequence[Sample], offload: bool) -> list[Sensitivity | Skip] | None:
+        """None where memory does not suffice. offload: checkpoints wait in host memory."""
+        if offload:
+            self._checkpoint(offload=True)
+        try:
+            return list(self._measure(batch))
+        except RuntimeError as error:
+            if not should_reduce_batch_size(error):
+                raise
+        finally:
+            if offload:
+                self._checkpoint(offload=False)
+        # Not within the handler: there, the traceback still holds the activations
+        clear_device_cache(garbage_collection=True)
+        return None
+
+    def _measure(self, batch: Sequence[Sample]) -> Iterator[Sensitivity]:
+        model, head = self.model, self.head
+        near, far = model.get_input_embeddings().weight.device, head.weight.device  # two, where the model spans devices
+        lengths = [len(s.input_ids) for s in batch]
+        starts = [0, *torch.tensor(lengths).cumsum(0).tolist()]
+        layout = SharedPrefixLayout.from_lengths(lengths).to(near)
+        input_ids = torch.tensor([i for s in batch for i in s.input_ids])
+        # The last row of a sample would predict the next sample's first token: it is never used.
+        labels = input_ids.roll(-1).to(far)
+
+        # The row that predicts a token is the one before it.
+        rows, weights = [], []
+        for start, length, sample in zip(starts, lengths, batch):
+            targets = length - sample.response_start
+            rows.append(torch.arange(start + sample.response_start - 1, start + length - 1))
+            weights.append(torch.full((targets,), 1 / targets))
+        response_rows = torch.cat(rows)
+        token_weight = torch.zeros(len(input_ids)).index_copy_(0, response_rows, torch.cat(weights)).to(far)
+
+        embeddings = model.get_input_embeddings()(input_ids.to(near)[None]).detach().requires_grad_()
+        inputs = {"inputs_embeds": embeddings, "position_ids": layout.position_ids[None], "layout": layout}
+        options: dict[str, Any] = {"bias": head.bias, "softcap": head.softcap, "logit_scale": head.logit_scale}
+        with torch.enable_grad(), contextlib.ExitStack() as stack:
+            for mlp in self.mlps if self.checkpoints else ():
+                stack.enter_context(_replaced(mlp, _in_tiles))
+            if self.mlps and not self.perplexity:  # only these rows of the last layer's MLP enter the loss
+                stack.enter_context(_replaced(self.mlps[-1], functools.partial(_on_rows, rows=response_rows.to(far))))
+            hidden = hidden_states(model, inputs).to(far)
+            loss, per_token = linear_cross_entropy(
+                hidden, head.weight, labels, token_weight=token_weight, rows=response_rows.to(far), **options
+            )
+            (gradient,) = torch.autograd.grad(loss, embeddings)
+        norm = torch.linalg.vector_norm(gradient[0], dim=-1, dtype=torch.promote_types(gradient.dtype, torch.float32))
+        nll = None
+        if self.perplexity:
+            prompt = torch.tensor([i for s in batch for i in s.scored])
+            prompt_rows = (prompt & (layout.position_ids.cpu() > 0)).nonzero().squeeze(1) - 1
+            with torch.no_grad():
+                nll = linear_cross_entropy(hidden.detach(), head.weight, labels, rows=prompt_rows.to(far), **options)[1]
+            nll = nll.roll(1).cpu()  # from the predicting row to the predicted token
+        losses = torch.stack([x.sum() for x in (per_token * token_weight).split(lengths)]).tolist()
+        norm = norm.cpu()
+        for i, (start, length) in enumerate(zip(starts, lengths)):
+            here = slice(start, start + length)
+            yield Sensitivity(norm[here], losses[i], None if nll is None else nll[here])
+
+
+# -- MLPs on some rows at a time ---------------------------------------------------------------------------------------
+
+Forward = Callable[[torch.Tensor], torch.Tensor]
+
+
+@contextlib.contextmanager
+def _replaced(mlp: torch.nn.Module, by: Callable[[Forward, torch.Tensor], torch.Tensor]) -> Iterator[None]:
+    """`mlp(x)` is `by(its forward, x)`."""
+    own = vars(mlp).get("forward")  # a hook's, or none: that of the class
+    mlp.forward = functools.partial(by, mlp.forward)
+    try:
+        yield
+    finally:
+        del mlp.forward
+        if own is not None:
+            mlp.forward = own
+
+
+def _on_rows(forward: Forward, x: torch.Tensor, *, rows: torch.Tensor) -> torch.Tensor:
+    """Zeros but for `rows` of x [1, N, H]."""
+    rows = rows.to(x.device)
+    y = forward(x.index_select(1, rows))
+    return y.new_zeros(*x.shape[:2], y.shape[2]).index_copy(1, rows, y)
+
+
+def _in_tiles(forward: Forward, x: torch.Tensor) -> torch.Tensor:
+    """Tile by tile, forward and backward: the widest activations of a layer exist for one tile at a time."""
+    return _Tiled.apply(_Kept.apply(x), forward)  # type: ignore[no-any-return]
+
+
+class _Kept(torch.autograd.Function):
+    """x, kept for `_Tiled`. Being the last tensor that a layer saves, it is where recomputing a checkpointed layer stops:
+    its MLP is then not computed a second time only for an output that nobody needs."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(x)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        return gradient
+
+
+class _Tiled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, forward: Forward) -> torch.Tensor:
+        ctx.kept, ctx.forward = x.grad_fn, forward
+        return torch.cat([forward(tile[None]) for tile in x[0].split(TILE_ROWS[x.device.type])], 1)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
+        (x,) = ctx.kept.saved_tensors
+        result = torch.empty_like(x)
+        rows = TILE_ROWS[x.device.type]
+        for tile, upstream, out in zip(x[0].split(rows), gradient[0].split(rows), result[0].split(rows)):
+            with torch.enable_grad():
+                tile = tile[None].detach().requires_grad_()
+                y = ctx.forward(tile)
+            out.copy_(torch.autograd.grad(y, tile, upstream[None])[0][0])
+        return result, None
+
+
+@torch.no_grad()
+def _mlps_are_row_wise(model: PreTrainedModel, layers: Sequence[torch.nn.Module]) -> bool:
+    """Whether the last layer's `mlp` takes each row by itself and what follows it mixes no rows, tried on a few tokens."""
+    if not all(isinstance(getattr(layer, "mlp", None), torch.nn.Module) for layer in layers) or not layers:
+        return False
+    embeddings = model.get_input_embeddings()
+    layout = SharedPrefixLayout.from_lengths([8]).to(embeddings.weight.device)
+    ids = layout.position_ids[None].long() % embeddings.num_embeddings
+    inputs = {"input_ids": ids, "position_ids": layout.position_ids[None], "layout": layout}
+    rows = torch.tensor([2, 5, 7])
+    whole = hidden_states(model, inputs)
+    try:
+        with _replaced(layers[-1].mlp, functools.partial(_on_rows, rows=rows)):
+            part = hidden_states(model, inputs)
+    except (TypeError, AttributeError, RuntimeError) as error:  # it returns or takes something else than rows
+        logger.info("%s: MLPs are computed on all rows: %s", type(model).__name__, error)
+        return False
+    error, size = (whole - part)[rows].float().norm(), whole[rows].float().norm()
+    return bool(error <= 8 * torch.finfo(whole.dtype).eps * size)
