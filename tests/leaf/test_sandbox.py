@@ -4,6 +4,7 @@ holds, no process and no file of theirs is left, and nothing outside has changed
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import logging
 import os
@@ -96,31 +97,42 @@ class Caller:
         return found
 
 
+@contextlib.contextmanager
+def calling(interpreter: str, user: int, kind: str) -> Iterator[Caller]:
+    folder = pathlib.Path(tempfile.mkdtemp())  # pytest's own folders are closed to other users
+    folder.chmod(0o755)
+    try:
+        yield Caller(folder, interpreter, user, kind)
+    finally:
+        shutil.rmtree(folder)
+
+
+@functools.cache
+def working(user: int, kind: str) -> tuple[str | None, str]:
+    """The first interpreter that it works with, or None and why there is none."""
+    refused = ""
+    for interpreter in filter(os.path.exists, dict.fromkeys([sys.executable, "/usr/bin/python3"])):
+        with calling(interpreter, user, kind) as caller:
+            try:
+                assert caller("import decimal")
+                return interpreter, ""
+            except OSError as error:
+                refused = str(error).strip().rpartition("\n")[2]
+    return None, refused
+
+
 @pytest.fixture(params=["own user, namespaces", "own user, limits", "nobody, namespaces", "nobody, limits"])
 def caller(request: pytest.FixtureRequest) -> Iterator[Caller]:
-    """Every way that there is here, each with the first interpreter that it works with."""
+    """Every way that there is here."""
     who, kind = request.param.split(", ")
     if who == "nobody" and os.getuid() != 0:
         pytest.skip("only root can start a process of another user")
     user = NOBODY if who == "nobody" else os.getuid()
-    refused = ""
-    for interpreter in filter(os.path.exists, dict.fromkeys([sys.executable, "/usr/bin/python3"])):
-        folder = pathlib.Path(tempfile.mkdtemp())  # pytest's own folders are closed to other users
-        folder.chmod(0o755)
-        try:
-            one = Caller(folder, interpreter, user, kind)
-            try:
-                works = one("import decimal")
-            except OSError as error:
-                refused = str(error).strip().rpartition("\n")[2]
-                continue
-            assert works
-            yield one
-            one.check_clean()
-            return
-        finally:
-            shutil.rmtree(folder)
-    pytest.skip(f"not possible here: {refused}")
+    interpreter, refused = working(user, kind)
+    if interpreter is None:
+        pytest.skip(f"not possible here: {refused}")
+    with calling(interpreter, user, kind) as caller:
+        yield caller
 
 
 def test_right_and_wrong(caller: Caller) -> None:
