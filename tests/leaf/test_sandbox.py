@@ -4,6 +4,7 @@ holds, no process and no file of theirs is left, and nothing outside has changed
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import json
 import logging
@@ -226,6 +227,13 @@ for change in (os.setuid, os.setgid):
     except OSError: pass
     else: raise SystemExit
 """,
+    "capabilities": """
+import ctypes
+libc = ctypes.CDLL(None)
+sets = (ctypes.c_uint32 * 6)()
+assert libc.capget((ctypes.c_uint32 * 2)(0x20080522, 0), sets) == 0 and not any(sets)
+assert libc.prctl(39, 0, 0, 0, 0) == 1  # and none can be had from a file: PR_GET_NO_NEW_PRIVS
+""",
     "packages": "import sys\nassert not any('site-packages' in path or path == '' for path in sys.path)",
     "descriptors": """
 import os
@@ -265,6 +273,7 @@ def test_other_users_files_stay_as_they_are(caller: Caller) -> None:
 def test_namespaces_hide_files_processes_and_the_network(caller: Caller) -> None:
     if caller.kind == "limits":
         pytest.skip("without namespaces they are in sight")
+    semaphores = ctypes.CDLL(None).semget(0x1EAF, 1, 0o1666)  # IPC_CREAT
     with socket.create_server(("127.0.0.1", 0)) as server:
         hidden = [
             f"open({str(caller.outside)!r})",
@@ -275,8 +284,12 @@ def test_namespaces_hide_files_processes_and_the_network(caller: Caller) -> None
             "for n in range(5000): open(str(n), 'wb').close()",
             "import ctypes\nif ctypes.CDLL(None).unshare(1 << 28): raise OSError",  # a user namespace, to be root there
             "import os\nif os.getppid() == 0 and os.getpid() == 1: raise OSError",
+            "import os\nif os.statvfs(os.__file__).f_flag & os.ST_RDONLY: raise OSError",
+            "import ctypes\nif ctypes.CDLL(None).semget(0x1EAF, 1, 0) == -1: raise OSError",
         ]
         refused = caller.verdicts(*map(unless_refused, hidden))
+    if semaphores != -1:
+        ctypes.CDLL(None).semctl(semaphores, 0, 0)  # IPC_RMID
     assert [each for each, verdict in zip(hidden, refused) if not verdict] == []
 
 
