@@ -140,6 +140,7 @@ def test_right_and_wrong(caller: Caller) -> None:
     code = "from dataclasses import dataclass\n@dataclass\nclass A:\n    x: 'int'\ndef f(x): return A(x).x + 1\n"
     assert caller(code, "assert f(1) == 2\nassert f(2) == 3")
     assert not caller(code, "assert f(1) == 2\nassert f(2) == 4")
+    assert not caller('def f(): return 0\nx = """', 'assert f() == 1  # """')  # tests are no part of its last string
 
 
 EARLY = [
@@ -150,7 +151,7 @@ EARLY = [
     "import os, signal; os.kill(os.getpid(), signal.SIGKILL)",
     "import os\nfor n in range(64):\n    try: os.write(n, b'r' * 17)\n    except OSError: pass\nos._exit(0)",
     "import os; os.closerange(0, 64)",
-    'def f(): return 1\nx = """',  # must not swallow the tests
+    'def f(): return 1\nx = """',
     "if False:\n    def f(): return 1\n",
     "assert = 1",
     "def f(): return 1\0",
