@@ -110,7 +110,15 @@ class RunConfig:
         "teacher_right", "rows to keep; student_wrong = student wrong and teacher right (the paper)", "select"
     )
     responses: Literal["dataset", "teacher"] = _option("dataset", "whose response is the target", "select")
-    grader: str = _option("math", "how answers are checked: exact, math, qa or module:function", "select verify eval")
+    grader: str = _option(
+        "math", "how answers are checked: exact, math, qa, python (runs them) or module:function", "select verify eval"
+    )
+    allow_code_execution: bool = _option(
+        False,
+        "let --grader python run generated code on this machine: with few rights, behind no security boundary",
+        "select verify eval",
+        key=False,
+    )
     max_new_tokens: int = _option(512, "tokens that a model may generate", "select verify eval")
 
     level: Literal["instruction", "response", "both"] = _option("instruction", "which tokens are scored", "score")
@@ -239,9 +247,14 @@ def add_arguments(parser: argparse.ArgumentParser, stages: Iterable[str]) -> Non
         if f.name == "training" or not stages.intersection(f.metadata["stages"]):
             continue
         accepts = _types()[f.name]
+        flag = "--" + f.name.rstrip("_").replace("_", "-")
+        if accepts.kind is bool:
+            action = argparse.BooleanOptionalAction
+            parser.add_argument(flag, action=action, default=argparse.SUPPRESS, help=f.metadata["help"])
+            continue
         shown = "" if f.default in (None, ()) else f" (default: {f.default})"
         parser.add_argument(
-            "--" + f.name.rstrip("_").replace("_", "-"),
+            flag,
             dest=f.name,
             default=argparse.SUPPRESS,
             help=(f.metadata["help"] + shown).replace("%", "%%"),
@@ -357,7 +370,11 @@ def _convert(name: str, value: Any) -> Any:
     if wanted.many:
         return (value,) if isinstance(value, str) else tuple(str(v) for v in value)
     try:
-        if isinstance(value, (bool, list)) or (wanted.kind is int and int(value) != float(value)):
+        if (
+            isinstance(value, bool) != (wanted.kind is bool)
+            or isinstance(value, list)
+            or (wanted.kind is int and int(value) != float(value))
+        ):
             raise ValueError
         if wanted.kind is not Mapping:
             value = wanted.kind(value)

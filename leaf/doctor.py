@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table as Grid
 from rich.text import Text
 
+from . import sandbox
 from .config import RunConfig
 
 PACKAGES = ("leaf-kernels", "torch", "triton", "transformers", "accelerate", "datasets", "flash-attn")
@@ -62,6 +63,10 @@ def _environment() -> Grid:
         grid.add_row(f"cuda:{n}", f"{gpu.name}, sm_{gpu.major}{gpu.minor}, {gpu.total_memory / 2**30:.0f} GiB")
     if not torch.cuda.is_available():
         grid.add_row("cuda", "none: everything runs on the CPU with the reference implementations")
+    try:
+        grid.add_row("generated code", f"can be run (--grader python), kept apart by {sandbox.isolation()}")
+    except ValueError as error:
+        grid.add_row("generated code", Text(f"--grader python is refused: {error}"))
     return grid
 
 

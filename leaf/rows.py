@@ -54,8 +54,8 @@ def read_rows(
     A dataset (hub id or folder) is named `NAME`, `NAME:SPLIT` or `NAME:CONFIG:SPLIT`; the split is "train" by default.
     The prompt comes from `prompt_template` or `prompt_column`, else from the first of `messages`, `instruction`
     (+ `input`), `prompt`, `context_messages` that the row has; the response from `response_column`, else from `messages`,
-    `output` (with `step_response` before it) or `completion`; the answer from `answer_column`, else `prompt_answer` or
-    `answer`.
+    `output` (with `step_response` before it) or `completion`; the answer from `answer_column`, else `prompt_answer`,
+    `answer`, `tests`, or HumanEval's `test` and `entry_point` with the `prompt`.
 
     In a template every `{column}` stands for a field of the row and everything else is literal text, braces included.
     Scored are the texts of user turns; literals of the template and what a regular expression of `protect` matches are
@@ -235,11 +235,13 @@ def _response(where: str, record: Mapping[str, Any], column: str | None, *, opti
 
 
 def _answer(where: str, record: Mapping[str, Any], column: str | None) -> str | None:
-    """The reference answer as text; lists become JSON, None or empty text is no answer."""
+    """The reference answer as text; lists and HumanEval's fields become JSON, None or empty text is no answer."""
     if column and column not in record:
         raise _missing(where, f"field {column!r}", record, "Correct --answer-column")
-    names = [column] if column else ["prompt_answer", "answer"]
+    names = [column] if column else ["prompt_answer", "answer", "tests"]
     value = next((record[n] for n in names if record.get(n) not in (None, "")), None)
+    if value is None and not column and "def check(" in str(record.get("test")) and record.get("entry_point"):
+        value = {name: record[name] for name in ("prompt", "test", "entry_point") if isinstance(record.get(name), str)}
     if value is None:
         return None
     return json.dumps(value, ensure_ascii=False) if isinstance(value, (list, dict)) else str(value)

@@ -87,6 +87,11 @@ def device_of(config: RunConfig) -> torch.device:
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 
 
+def grader_of(config: RunConfig) -> str | graders.Grader:
+    """The grader's name; for "python" the function where it was allowed, because the name alone runs nothing."""
+    return graders.python if config.grader == "python" and config.allow_code_execution else config.grader
+
+
 class Run:
     """One run directory: what the stages share. `problems` collects what was skipped too often."""
 
@@ -133,7 +138,8 @@ class Run:
 
     def generation(self) -> dict[str, Any]:
         """Options of generated and graded answers."""
-        return {name: getattr(self.config, name) for name in ("grader", "max_new_tokens", "max_tokens")}
+        options = {name: getattr(self.config, name) for name in ("max_new_tokens", "max_tokens")}
+        return {"grader": grader_of(self.config), **options}
 
     def generation_key(self, model: str, **inputs: Any) -> dict[str, Any]:
         """What the answers of a model depend on besides `inputs`."""
@@ -208,7 +214,7 @@ def run_stages(config: RunConfig, stages: Sequence[str], ui: Ui | None = None) -
     prune_options(config)  # what is misspelt is told now, not after hours
     device_of(config)
     if {"select", "verify", "eval"} & set(stages):
-        graders.resolve(config.grader)
+        graders.resolve(grader_of(config))
     if "distill" in stages:
         training_arguments(config, run.folder)
     for stage in stages:

@@ -60,8 +60,9 @@ def answered_rightly(
 ) -> Iterator[bool | None]:
     """For each counterfactual, in order: whether the model's greedy continuation of its prompt is right.
 
-    At response level the prompt holds the pruned first part of the response, and the continuation alone is graded (so
-    "exact", which compares whole responses, is for the instruction level). None = no answer to check by.
+    At response level the prompt holds the pruned first part of the response, and the continuation alone is graded: "exact",
+    which compares whole responses, is for the instruction level, and "python" wants the whole program after the cut (what
+    goes on inside a program is wrong). None = no answer to check by.
     """
     grade = resolve(grader)
     wanted = [answers[row["source_id"]] for row in counterfactuals]

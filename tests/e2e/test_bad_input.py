@@ -200,6 +200,7 @@ def test_no_rows_left_names_the_remedy(leaf: Leaf) -> None:
         (("--device", "cuda"), "sees no GPU; use --device cpu"),
         (("--device", "gpu"), "--device must be auto, cpu, cuda or cuda:N, got 'gpu'"),
         (("--grader", "pyton"), "'pyton'"),
+        (("--grader", "python"), "allow it with --allow-code-execution"),
     ],
 )
 def test_what_is_misspelt_is_told_before_anything_runs(leaf: Leaf, flags: tuple[str, ...], message: str) -> None:

@@ -11,7 +11,7 @@ import torch
 from small import Said, word_problems, write_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from leaf import cli
+from leaf import cli, sandbox
 from leaf.config import RunConfig
 from leaf.demo.models import make_model
 from leaf.demo.task import make_rows, make_tokenizer
@@ -102,6 +102,22 @@ def test_generation_verification_and_export(
     assert cli.main(["export", "--output", c.output]) == 0
     assert "train.json: " in capsys.readouterr().out
     assert (pathlib.Path(c.output) / "export" / "scores.json").exists()
+
+
+def test_code_is_run_where_that_is_allowed(tmp_path: pathlib.Path, pair: dict[str, str]) -> None:
+    try:
+        sandbox.isolation()
+    except ValueError as error:
+        pytest.skip(str(error))
+    rows = [{"prompt": f"Write f({n}).", "completion": "def f(): ...", "tests": ["assert True"]} for n in range(2)]
+    data = write_rows(tmp_path / "code.jsonl", [*rows, *word_problems(1)])
+    c = config(tmp_path, pair, data=data, select="teacher_right", grader="python", allow_code_execution=True)
+    run_stages(c, ("select",))
+    assert open_table(f"{c.output}/select-teacher").counts == {
+        "wrong": 2,
+        "unchecked": 1,
+    }  # random text does not compile
+    assert open_table(f"{c.output}/select").counts == {"dropped:teacher_wrong": 2, "ok:no_checkable_answer": 1}
 
 
 def test_training_fields_are_checked_before_anything_runs(tmp_path: pathlib.Path, pair: dict[str, str]) -> None:

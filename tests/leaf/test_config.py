@@ -66,6 +66,14 @@ def test_flags_override_the_file(tmp_path: pathlib.Path) -> None:
     assert parse("--protect", "a", "b").protect == ("a", "b")
 
 
+def test_running_code_is_off_until_it_is_allowed(tmp_path: pathlib.Path) -> None:
+    assert RunConfig().allow_code_execution is False
+    assert parse("--allow-code-execution").allow_code_execution is True
+    path = write(tmp_path, "allow_code_execution: true\n")
+    assert parse("--config", path).allow_code_execution is True
+    assert parse("--config", path, "--no-allow-code-execution").allow_code_execution is False
+
+
 def test_every_option_has_help_and_a_reader() -> None:
     for f in dataclasses.fields(RunConfig):
         assert f.metadata["help"], f.name
@@ -94,6 +102,7 @@ def test_a_stage_takes_only_what_it_reads() -> None:
         ({"q": "much"}, "q must be float, got 'much'"),
         ({"max_length": 1.5}, "max_length must be int, got 1.5"),
         ({"q": True}, "q must be float, got True"),
+        ({"allow_code_execution": "no"}, "allow_code_execution must be bool, got 'no'"),
         ({"q": 1.5}, "q must be between 0 and 1"),
         ({"max_tokens": 0}, "max_tokens must be positive"),
         ({"prompt_column": "a", "prompt_template": "{a}"}, "give one of them"),

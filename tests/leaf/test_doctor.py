@@ -11,7 +11,7 @@ import pytest
 import tiny
 from rich.console import Console
 
-from leaf import doctor
+from leaf import doctor, sandbox
 from leaf.config import RunConfig
 
 
@@ -36,8 +36,20 @@ def pair(tmp_path: pathlib.Path) -> dict[str, str]:
 def test_the_machine_alone() -> None:
     ok, shown = check()
     assert ok
-    for name in (*doctor.PACKAGES, "python", "cpu"):
+    for name in (*doctor.PACKAGES, "python", "cpu", "generated code"):
         assert name in shown
+
+
+def test_whether_generated_code_can_be_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse() -> str:
+        raise ValueError("not safely [enough] here")
+
+    monkeypatch.setattr(sandbox, "isolation", lambda: "namespaces")
+    assert "can be run (--grader python), kept apart by namespaces" in check()[1]
+    monkeypatch.setattr(sandbox, "isolation", refuse)
+    ok, shown = check()
+    assert ok  # nothing else needs it
+    assert "--grader python is refused: not safely [enough] here" in shown
 
 
 def test_a_good_pair_and_its_rows(tmp_path: pathlib.Path, pair: dict[str, str]) -> None:

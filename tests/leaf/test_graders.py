@@ -47,8 +47,8 @@ def test_own_function(monkeypatch) -> None:
         ("own_grader:missing", "cannot be imported"),
         ("no_such_module:f", "cannot be imported"),
         ("own_grader:constant", "is not a function"),
-        ("python", "would run on this machine"),
-        ("rouge", "must be exact, math, qa or module:function"),
+        ("python", "--allow-code-execution"),
+        ("rouge", "must be exact, math, qa, python or module:function"),
     ]:
         with pytest.raises(ValueError, match=message):
             resolve(name)
