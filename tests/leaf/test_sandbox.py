@@ -122,7 +122,10 @@ def working(user: int, kind: str) -> tuple[str | None, str]:
     return None, refused
 
 
-@pytest.fixture(params=["own user, namespaces", "own user, limits", "nobody, namespaces", "nobody, limits"])
+SLOWLY = [pytest.param(f"nobody, {isolation}", marks=pytest.mark.slow) for isolation in ("namespaces", "limits")]
+
+
+@pytest.fixture(params=["own user, namespaces", "own user, limits", *SLOWLY])
 def caller(request: pytest.FixtureRequest) -> Iterator[Caller]:
     """Every way that there is here."""
     who, kind = request.param.split(", ")
