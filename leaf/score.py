@@ -28,7 +28,7 @@ def score_samples(
     *,
     max_tokens: int,
     perplexity: bool = False,
-    activation_checkpointing: bool = True,
+    activation_checkpointing: bool | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Rows of the scores table, one per sample or skip, in order.
 

@@ -46,13 +46,13 @@ def sensitivities(
     *,
     max_tokens: int,
     perplexity: bool = False,
-    activation_checkpointing: bool = True,
+    activation_checkpointing: bool | None = None,
 ) -> Iterator[Sensitivity | Skip]:
     """E1 for one model, in order. Samples are packed, never mixed: the loss of a pack is the sum of its samples' means.
 
     No parameter ever has a gradient: weights are frozen and the loss is differentiated with respect to detached embeddings.
-    Logits are never held for more than a chunk of the response rows. The model is left frozen, in eval mode, on
-    `attn_implementation="leaf"` and, where asked, with activation checkpointing on.
+    Logits are never held for more than a chunk of the response rows. The model is left frozen, in eval mode and on
+    `attn_implementation="leaf"`.
 
     What does not fit into memory is cut: a pack is halved down to single samples; a sample that does not fit alone is
     tried once more with its checkpoints in host memory (on a GPU); then it is a skip, `oom`.
@@ -60,6 +60,7 @@ def sensitivities(
     Args:
         max_tokens: budget of a pack; a longer sample gets a pack of its own.
         perplexity: also the −log p of each scored token.
+        activation_checkpointing: None = for packs whose activations would take more memory than the model's weights.
     """
     engine = _Engine(model, perplexity, activation_checkpointing)
     for batch in batches(samples, max_tokens):
@@ -81,7 +82,7 @@ def batches(items: Sequence[Item], max_tokens: int) -> Iterator[list[Item]]:
 
 
 class _Engine:
-    def __init__(self, model: PreTrainedModel, perplexity: bool, activation_checkpointing: bool):
+    def __init__(self, model: PreTrainedModel, perplexity: bool, activation_checkpointing: bool | None):
         register()
         check_model(model)
         model.set_attn_implementation(NAME)
@@ -89,18 +90,19 @@ class _Engine:
         check_head(model)
         self.model, self.perplexity, self.head = model, perplexity, head_of(model)
         self.layers = [m for m in model.base_model.modules() if isinstance(m, GradientCheckpointingLayer)]
-        self.checkpoints = activation_checkpointing and model.supports_gradient_checkpointing and bool(self.layers)
-        self._checkpoint(offload=False)
         self.mlps = [layer.mlp for layer in self.layers] if _mlps_are_row_wise(model, self.layers) else []
+        self.keeps: float = float("inf")  # activations of packs of up to so many tokens
+        if self.layers and model.supports_gradient_checkpointing and activation_checkpointing is not False:
+            weights = sum(p.nbytes for p in model.parameters())
+            self.keeps = 0 if activation_checkpointing else weights / activation_bytes_per_token(model)
         self.too_many: float = float("inf")  # tokens that did not fit, the fewest so far
 
     def _checkpoint(self, offload: bool) -> None:
         """Checkpoints every layer but the last, whose activations its own backward needs right away."""
-        if self.checkpoints:
-            self.model.activation_checkpointing_enable(offload=offload)
-            for layer in self.layers:
-                layer.training = True  # checkpoints in train mode only; its children stay in eval mode: no dropout
-            self.layers[-1].gradient_checkpointing = False
+        self.model.activation_checkpointing_enable(offload=offload)
+        for layer in self.layers:
+            layer.training = True  # checkpoints in train mode only; its children stay in eval mode: no dropout
+        self.layers[-1].gradient_checkpointing = False
 
     def run(self, batch: Sequence[Sample]) -> list[Sensitivity | Skip]:
         """Cuts a pack until it fits; what does not fit alone even with all that saves memory is skipped."""
@@ -112,27 +114,29 @@ class _Engine:
         if len(batch) > 1:
             half = len(batch) // 2
             return self.run(batch[:half]) + self.run(batch[half:])
-        if self.checkpoints and self.head.weight.is_cuda and (result := self._try(batch, offload=True)):
+        if self.keeps < float("inf") and self.head.weight.is_cuda and (result := self._try(batch, offload=True)):
             return result
         return [Skip(batch[0].id, "oom", f"{tokens} tokens do not fit into memory, not even alone")]
 
     def _try(self, batch: Sequence[Sample], offload: bool) -> list[Sensitivity | Skip] | None:
         """None where memory does not suffice. offload: checkpoints wait in host memory."""
-        if offload:
-            self._checkpoint(offload=True)
+        checkpoints = offload or sum(len(sample.input_ids) for sample in batch) > self.keeps
+        if checkpoints:
+            self._checkpoint(offload)
         try:
-            return list(self._measure(batch))
+            return list(self._measure(batch, in_tiles=checkpoints))
         except RuntimeError as error:
             if not should_reduce_batch_size(error):
                 raise
         finally:
-            if offload:
-                self._checkpoint(offload=False)
+            if checkpoints:
+                self.model.activation_checkpointing_disable()
+                self.model.eval()
         # Not within the handler: there, the traceback still holds the activations
         clear_device_cache(garbage_collection=True)
         return None
 
-    def _measure(self, batch: Sequence[Sample]) -> Iterator[Sensitivity]:
+    def _measure(self, batch: Sequence[Sample], in_tiles: bool) -> Iterator[Sensitivity]:
         model, head = self.model, self.head
         near, far = model.get_input_embeddings().weight.device, head.weight.device  # two, where the model spans devices
         lengths = [len(s.input_ids) for s in batch]
@@ -155,7 +159,7 @@ class _Engine:
         inputs = {"inputs_embeds": embeddings, "position_ids": layout.position_ids[None], "layout": layout}
         options: dict[str, Any] = {"bias": head.bias, "softcap": head.softcap, "logit_scale": head.logit_scale}
         with torch.enable_grad(), contextlib.ExitStack() as stack:
-            for mlp in self.mlps if self.checkpoints else ():
+            for mlp in self.mlps if in_tiles else ():
                 stack.enter_context(_replaced(mlp, _in_tiles))
             if self.mlps and not self.perplexity:  # only these rows of the last layer's MLP enter the loss
                 stack.enter_context(_replaced(self.mlps[-1], functools.partial(_on_rows, rows=response_rows.to(far))))
@@ -177,6 +181,31 @@ class _Engine:
         for i, (start, length) in enumerate(zip(starts, lengths)):
             here = slice(start, start + length)
             yield Sensitivity(norm[here], losses[i], None if nll is None else nll[here])
+
+
+def activation_bytes_per_token(model: PreTrainedModel) -> float:
+    """What the body keeps of a token for a backward to its embedding, without checkpoints; tried on a few tokens."""
+    weights = {p.untyped_storage()._cdata for p in (*model.parameters(), *model.buffers())}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in weights:
+            kept[storage._cdata] = storage.nbytes()
+        return tensor
+
+    inputs = _few_tokens(model, 64)
+    embeddings = model.get_input_embeddings()(inputs.pop("input_ids")).detach().requires_grad_()
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        hidden = hidden_states(model, {"inputs_embeds": embeddings, **inputs})
+    return sum(kept.values()) / len(hidden)
+
+
+def _few_tokens(model: PreTrainedModel, n: int) -> dict[str, Any]:
+    embeddings = model.get_input_embeddings()
+    layout = SharedPrefixLayout.from_lengths([n]).to(embeddings.weight.device)
+    ids = layout.position_ids[None].long() % embeddings.num_embeddings
+    return {"input_ids": ids, "position_ids": layout.position_ids[None], "layout": layout}
 
 
 # -- MLPs on some rows at a time ---------------------------------------------------------------------------------------
@@ -247,11 +276,7 @@ def _mlps_are_row_wise(model: PreTrainedModel, layers: Sequence[torch.nn.Module]
     """Whether the last layer's `mlp` takes each row by itself and what follows it mixes no rows, tried on a few tokens."""
     if not all(isinstance(getattr(layer, "mlp", None), torch.nn.Module) for layer in layers) or not layers:
         return False
-    embeddings = model.get_input_embeddings()
-    layout = SharedPrefixLayout.from_lengths([8]).to(embeddings.weight.device)
-    ids = layout.position_ids[None].long() % embeddings.num_embeddings
-    inputs = {"input_ids": ids, "position_ids": layout.position_ids[None], "layout": layout}
-    rows = torch.tensor([2, 5, 7])
+    inputs, rows = _few_tokens(model, 8), torch.tensor([2, 5, 7])
     whole = hidden_states(model, inputs)
     try:
         with _replaced(layers[-1].mlp, functools.partial(_on_rows, rows=rows)):

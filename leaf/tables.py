@@ -1,7 +1,8 @@
 """A stage's table: Parquet shards and manifest.json in one folder, reusable, resumable and checked.
 
-The manifest names every finished shard with its checksum, so a shard that is half written, cut off or altered is never
-read as good. Each file appears under its name only when it is complete.
+The manifest is written last and names every shard with its checksum, so a shard that is cut off or altered is never read as
+good. Each file appears under its name only when it is complete, and the name tells what the table is made from: a table that
+is computed again does not touch the one before until it is finished, and several processes can write one table.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import os
 import pathlib
 import re
 import struct
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -22,6 +24,11 @@ import pyarrow.parquet as pq
 
 MANIFEST = "manifest.json"
 SHARD_UNITS = 256  # what a killed stage loses at most
+SHARD_SIZE, SHARDS = (
+    2**17,
+    64,
+)  # the same where units have sizes, but at least so many shards: a small table can be dealt out
+_FACTS = b"leaf"  # what a shard says of itself, in its Parquet metadata
 _SAMPLES, _SAMPLE_BYTES = 16, 4096
 
 Row = dict[str, Any]
@@ -72,13 +79,13 @@ def open_table(path: str | os.PathLike[str]) -> Table:
     """
     folder = pathlib.Path(path)
     manifest = _read_manifest(folder)
+    if {path.name for path in folder.glob("part-*")} - {shard["file"] for shard in (manifest or {}).get("shards", ())}:
+        raise ValueError(f"{folder} is unfinished: run `leaf {folder.name}` again, it goes on where it stopped")
     if manifest is None:
         raise ValueError(f"{folder} holds no table: run `leaf {folder.name}` first")
-    if not manifest["complete"]:
-        raise ValueError(f"{folder} is unfinished: run `leaf {folder.name}` again, it goes on where it stopped")
-    good = _good_shards(folder, manifest)
-    if good < len(manifest["shards"]):
-        raise ValueError(f"{folder / manifest['shards'][good]['file']} is damaged: run `leaf {folder.name}` again")
+    for shard in manifest["shards"]:
+        if not _is_good(folder, shard):
+            raise ValueError(f"{folder / shard['file']} is damaged: run `leaf {folder.name}` again")
     return Table(folder, manifest)
 
 
@@ -87,10 +94,7 @@ def is_current(path: str | os.PathLike[str], key: Mapping[str, Any]) -> bool:
     folder = pathlib.Path(path)
     manifest = _read_manifest(folder)
     return bool(
-        manifest
-        and manifest["complete"]
-        and manifest["key"] == _plain(key)
-        and _good_shards(folder, manifest) == len(manifest["shards"])
+        manifest and manifest["key"] == _plain(key) and all(_is_good(folder, shard) for shard in manifest["shards"])
     )
 
 
@@ -101,63 +105,96 @@ def write_table(
     units: Sequence[Unit],
     produce: Callable[[Sequence[Unit]], Iterable[tuple[list[Row], Mapping[str, int]]]],
     log: Callable[[str], None],
-) -> Table:
+    *,
+    sizes: Sequence[int] | None = None,
+    rank: int = 0,
+    ranks: int = 1,
+) -> Table | None:
     """The table of `units` under `key`, computing only what is missing.
 
-    A finished table with an equal key is returned as it is; an unfinished one goes on after its last whole shard; with
+    A finished table with an equal key is returned as it is; an unfinished one goes on with the shards that are missing; with
     another key everything is computed again. `log` is told which of these it was, and which entries of the key changed.
 
     Args:
         key: whatever the content depends on, JSON-serialisable.
-        produce: called once with the units that are missing; yields, for each in order, its rows and its counts.
+        produce: called with units that are missing; yields, for each in order, its rows and its counts. Without `sizes` the
+            missing units are all from some unit on; with `sizes` they can be any, and `produce` must not depend on which.
+        sizes: how much work each unit is. Shards are then of equal work instead of equal length.
+        rank, ranks: with `sizes`, the shards are dealt out to so many processes, all of which call this. Rank 0 waits for
+            the others' shards and finishes the table; the others return None when theirs are written.
     """
     folder = pathlib.Path(path)
     folder.mkdir(parents=True, exist_ok=True)
-    manifest = {"key": _plain(key), "complete": False, "counts": {}, "shards": []}
+    shards = _cut(len(units), sizes)
+    tag = digest({"key": _plain(key), "shards": [(shard.start, shard.stop) for shard in shards]})[:8]
+    files = [folder / f"part-{n:05d}-{tag}.parquet" for n in range(len(shards))]
     old = _read_manifest(folder)
-    if old and old["key"] != manifest["key"]:
-        log(f"{folder.name}: computed again, because {_changed(old['key'], manifest['key'])} changed")
+    if old and old["key"] != _plain(key):
+        log(f"{folder.name}: computed again, because {_changed(old['key'], _plain(key))} changed")
     elif old:
-        shards = old["shards"][: _good_shards(folder, old)]
-        if len(shards) < len(old["shards"]):
-            log(f"{folder.name}: {old['shards'][len(shards)]['file']} is damaged, computed again from there")
-        elif old["complete"]:
+        damaged = [shard["file"] for shard in old["shards"] if not _is_good(folder, shard)]
+        if not damaged:
             log(f"{folder.name}: unchanged")
             return Table(folder, old)
-        elif shards:
-            log(f"{folder.name}: resumed after {len(shards)} of {-(-len(units) // SHARD_UNITS)} shards")
-        manifest["shards"] = shards
-    # The old manifest stays until the first new shard is whole: a run that fails before that has lost nothing.
+        log(f"{folder.name}: {damaged[0]} is damaged, computed again")
+        for file in damaged:
+            (folder / file).unlink(missing_ok=True)
 
-    rows: list[Row] = []
-    counts: collections.Counter[str] = collections.Counter()
-    shard_units = 0
-
-    def close_shard() -> None:
-        nonlocal shard_units
-        file = f"part-{len(manifest['shards']):05d}.parquet"
-        checksum = _write_atomically(folder / file, _parquet(rows, schema))
-        facts = {"units": shard_units, "rows": len(rows), "sha256": checksum, "counts": dict(counts)}
-        manifest["shards"].append({"file": file, **facts})
-        _write_manifest(folder, manifest)
-        rows.clear()
-        counts.clear()
-        shard_units = 0
-
-    todo = units[sum(shard["units"] for shard in manifest["shards"]) :]
-    for unit_rows, unit_counts in produce(todo) if todo else ():
-        rows += unit_rows
-        counts.update(unit_counts)
-        shard_units += 1
-        if shard_units == SHARD_UNITS:
-            close_shard()
-    if shard_units or not manifest["shards"]:  # a table of no units still has its columns
-        close_shard()
-    manifest |= {"complete": True, "counts": _counts(manifest)}
-    _write_manifest(folder, manifest)
-    for stale in {p.name for p in folder.glob("part-*")} - {shard["file"] for shard in manifest["shards"]}:
-        (folder / stale).unlink()
+    missing = [n for n, file in enumerate(files) if not _is_whole(file)]
+    if sizes is None:
+        missing = list(range(missing[0], len(files))) if missing else []
+        mine = missing
+    else:
+        # All shards are dealt out, not those that are missing: by now another process may have written one of its own.
+        dealt = _deal([sum(sizes[shard]) for shard in shards], ranks)
+        mine = [n for n in missing if dealt[n] == rank]
+    if len(missing) < len(files):
+        log(f"{folder.name}: resumed after {len(files) - len(missing)} of {len(files)} shards")
+    todo = [unit for n in mine for unit in units[shards[n]]]
+    produced = iter(produce(todo) if todo else ())
+    for n in mine:
+        rows: list[Row] = []
+        counts: collections.Counter[str] = collections.Counter()
+        for _ in units[shards[n]]:
+            unit_rows, unit_counts = next(produced)
+            rows += unit_rows
+            counts.update(unit_counts)
+        facts = {"units": shards[n].stop - shards[n].start, "rows": len(rows), "counts": dict(counts)}
+        _write_atomically(files[n], _parquet(rows, schema.with_metadata({_FACTS: json.dumps(facts)})))
+    if rank != 0:
+        return None
+    while not all(file.exists() for file in files):
+        time.sleep(0.2)
+    manifest: dict[str, Any] = {"key": _plain(key), "shards": [_facts(file) for file in files]}
+    _write_manifest(folder, manifest | {"counts": _counts(manifest)})
+    for stale in set(folder.glob("part-*")) - set(files):
+        stale.unlink()
     return Table(folder, manifest)
+
+
+def _cut(units: int, sizes: Sequence[int] | None) -> list[slice]:
+    """Shards of consecutive units; a table of no units has one, which holds its columns."""
+    if sizes is None:
+        ends = [*range(SHARD_UNITS, units, SHARD_UNITS), units]
+    else:
+        limit = min(sum(sizes) / SHARDS, SHARD_SIZE)
+        ends, size = [], 0
+        for n, one in enumerate(sizes):
+            size += one
+            if size >= limit or n == units - 1:
+                ends.append(n + 1)
+                size = 0
+        ends = ends or [0]
+    return [slice(start, end) for start, end in zip([0, *ends], ends)]
+
+
+def _deal(sizes: Sequence[int], ranks: int) -> list[int]:
+    """The rank of each shard: the largest first, each to the rank that has least."""
+    load, dealt = [0] * ranks, [0] * len(sizes)
+    for n in sorted(range(len(sizes)), key=lambda n: -sizes[n]):
+        dealt[n] = min(range(ranks), key=load.__getitem__)
+        load[dealt[n]] += sizes[n]
+    return dealt
 
 
 def digest(value: Any) -> str:
@@ -200,20 +237,34 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
     _write_atomically(pathlib.Path(path), text.encode())
 
 
-def _write_atomically(path: pathlib.Path, content: bytes | memoryview) -> str:
+def _write_atomically(path: pathlib.Path, content: bytes | memoryview) -> None:
     temporary = path.with_name(f"{path.name}.tmp")
     with temporary.open("wb") as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
-    return hashlib.sha256(content).hexdigest()
 
 
 def _parquet(rows: list[Row], schema: pa.Schema) -> memoryview:
     sink = pa.BufferOutputStream()
-    pq.write_table(pa.Table.from_pylist(rows, schema=schema), sink, compression="zstd")
+    pq.write_table(pa.Table.from_pylist(rows, schema=schema), sink, compression="zstd", write_page_checksum=True)
     return memoryview(sink.getvalue())
+
+
+def _is_whole(path: pathlib.Path) -> bool:
+    """Whether a shard that no manifest vouches for yet can be read to its end."""
+    try:
+        pq.read_table(path, page_checksum_verification=True)
+    except (OSError, pa.ArrowException):
+        return False
+    return True
+
+
+def _facts(path: pathlib.Path) -> dict[str, Any]:
+    """A shard's entry in the manifest."""
+    checksum = hashlib.sha256(path.read_bytes()).hexdigest()
+    return {"file": path.name, **json.loads(pq.read_schema(path).metadata[_FACTS]), "sha256": checksum}
 
 
 def _read_manifest(folder: pathlib.Path) -> dict[str, Any] | None:
@@ -227,13 +278,10 @@ def _write_manifest(folder: pathlib.Path, manifest: Mapping[str, Any]) -> None:
     write_text(folder / MANIFEST, json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")
 
 
-def _good_shards(folder: pathlib.Path, manifest: Mapping[str, Any]) -> int:
-    """How many shards, from the first, are as they were written."""
-    for n, shard in enumerate(manifest["shards"]):
-        path = folder / shard["file"]
-        if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != shard["sha256"]:
-            return n
-    return len(manifest["shards"])
+def _is_good(folder: pathlib.Path, shard: Mapping[str, Any]) -> bool:
+    """Whether a shard is as it was when its table was finished."""
+    path = folder / shard["file"]
+    return path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == shard["sha256"]
 
 
 def _counts(manifest: Mapping[str, Any]) -> dict[str, int]:

@@ -62,7 +62,7 @@ def plain(model, s: Sample):
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize("max_tokens", [1, 20, 1000])
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", [False, True, None])
 def test_equals_a_plain_implementation(arch: str, max_tokens: int, checkpointing: bool):
     teacher, student = models(arch)
     rows = list(
