@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if unknown:
         flag = unknown[0].split("=")[0]
         arguments.parser.error(f"unknown option {flag}{did_you_mean(flag, arguments.parser.flags())}")
-    expected = () if arguments.debug else (ValueError, OSError, ImportError, ArithmeticError)
+    expected = () if arguments.debug else (ValueError, OSError, ImportError, ArithmeticError, MemoryError)
     try:
         return arguments.command(arguments)
     except expected as error:

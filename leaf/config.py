@@ -112,6 +112,7 @@ class RunConfig:
     responses: Literal["dataset", "teacher"] = _option("dataset", "whose response is the target", "select")
     grader: str = _option("math", "how answers are checked: exact, math, qa or module:function", "select verify eval")
     max_new_tokens: int = _option(512, "tokens that a model may generate", "select verify eval")
+    engine: Literal["transformers", "vllm"] = _option("transformers", "what generates", "select verify eval")
 
     level: Literal["instruction", "response", "both"] = _option("instruction", "which tokens are scored", "score")
     segments: Literal[2, 3] = _option(2, "segments that a response is cut into at response level", "score")

@@ -38,7 +38,6 @@ SELECT = pa.schema(
         *((f"{role}_right", _BOOL) for role in ("teacher", "student")),
     ]
 )
-ANSWERS = pa.schema([("response", _TEXT), ("right", _BOOL), ("skip", _TEXT), ("detail", _TEXT)])
 SENSITIVITY = pa.schema([("norm", _NUMBERS), ("loss", _FLOAT), ("nll", _NUMBERS)])
 SCORES = pa.schema(
     [
@@ -65,23 +64,6 @@ EVALUATION = pa.schema(
 )
 
 
-def answers(run: Run, name: str, model: str, units: Sequence[Row], ask_unchecked: bool = False) -> Table:
-    """What a model answers each row, in a table of its own: another model or selection does not ask it again."""
-
-    def produce(todo: Sequence[Row]) -> Produced:
-        options = {**run.generation(), "ask_unchecked": ask_unchecked}
-        for answer in answer_rows(run.load(model), run.encoder, todo, **options):
-            if isinstance(answer, Answer):
-                right = {None: "unchecked", True: "right", False: "wrong"}[answer.right]
-                yield [{"response": answer.response, "right": answer.right}], {right: 1}
-            else:
-                yield [{"skip": answer.reason, "detail": answer.detail}], {f"skipped:{answer.reason}": 1}
-
-    asked = digest([dataclasses.asdict(row) for row in units])
-    key = run.generation_key(model, rows=asked, ask_unchecked=ask_unchecked)
-    return run.table(name, key, ANSWERS, units, produce)
-
-
 def select(run: Run) -> Table:
     """The rows that are worth pruning, every other one with its reason."""
     units = list(read(run.config, run.config.data))
@@ -90,22 +72,21 @@ def select(run: Run) -> Table:
     if asked:
         run.models()
     unchecked = run.config.responses == "teacher"  # a response is wanted of rows without an answer too
-    told = {role: answers(run, f"select-{role}", run.name(role), rows, unchecked) for role in asked}
 
     def produce(todo: Sequence[Row | Skip]) -> Produced:
-        given = {role: _from(table, units, todo, Row) for role, table in told.items()}
-        for unit in todo:
+        told = {role: iter([*_answers(run, f"select-{role}", run.name(role), rows, unchecked)]) for role in asked}
+        for n, unit in enumerate(units):
             if isinstance(unit, Row):
-                each = {role: _answer(next(given[role])) if role in given else None for role in ("teacher", "student")}
-                chosen = decide_row(unit, **each, select=run.config.select, responses=run.config.responses)
-                row = _stored(chosen)
+                each = {role: next(told[role]) if role in told else None for role in ("teacher", "student")}
+                row = _stored(decide_row(unit, **each, select=run.config.select, responses=run.config.responses))
             else:
                 row = {"id": unit.id, "status": "skipped", "reason": unit.reason, "detail": unit.detail}
-            yield [row], _status(row)
+            if n >= len(units) - len(todo):
+                yield [row], _status(row)
 
     rows_read = digest([dataclasses.asdict(unit) for unit in units])
-    key = run.key("select", rows=rows_read, **{role: table.fingerprint for role, table in told.items()})
-    table = run.table("select", key, SELECT, units, produce)
+    key = run.key("select", rows=rows_read, **run.asked_key(asked))
+    table = run.table("select", key, SELECT, units, produce, collective=bool(asked))
     left = sum(count for name, count in table.counts.items() if name.startswith("ok"))
     skipped = sum(count for name, count in table.counts.items() if name.startswith("skipped"))
     remedy = "try --select teacher_right or all, another --grader, or a larger --max-new-tokens"
@@ -180,35 +161,21 @@ def verify(run: Run) -> Table:
     """Counterfactuals with the verdict of the models (E6)."""
     pruned, selected = open_table(run.folder / "prune"), open_table(run.folder / "select")
     references = {row["id"]: row["answer"] for row in selected.arrow(["id", "answer"]).to_pylist()}
-    units = range(len(pruned))
-
-    def ask(role: str) -> Table:
-        def produce(todo: Sequence[int]) -> Produced:
-            rows = list(itertools.islice(pruned, todo[0], None))
-            model = run.load(run.name(role))
-            for right in answered_rightly(model, run.encoder, rows, references, **run.generation()):
-                yield [{"right": right}], {}
-
-        key = run.generation_key(run.name(role), counterfactuals=pruned.fingerprint, references=digest(references))
-        return run.table(f"verify-{role}", key, ANSWERS, units, produce)
-
-    told = {role: ask(role) for role in ROLES[str(run.config.verify)]}
+    asked = ROLES[str(run.config.verify)]
 
     def produce(todo: Sequence[int]) -> Produced:
-        rights = {role: itertools.islice(table, todo[0], None) for role, table in told.items()}
-        for row in itertools.islice(pruned, todo[0], None):
-            verdict = decide_counterfactual(row, {role: next(right)["right"] for role, right in rights.items()})
+        rows = pruned.rows()
+        told = {}
+        for role in asked:
+            ask = functools.partial(run.ask, run.name(role), f"verify-{role}")
+            told[role] = list(answered_rightly(ask, rows, references, grader=run.config.grader))
+        for n in todo:
+            verdict = decide_counterfactual(rows[n], {role: right[n] for role, right in told.items()})
             label = {True: "verified", False: "dropped", None: "unverified"}[verdict["verified"]]
             yield [verdict], {":".join(filter(None, (label, verdict["reason"]))): 1}
 
-    fingerprints = {role: table.fingerprint for role, table in told.items()}
-    table = run.table(
-        "verify",
-        run.key("verify", counterfactuals=pruned.fingerprint, **fingerprints),
-        COUNTERFACTUALS,
-        units,
-        produce,
-    )
+    key = run.key("verify", counterfactuals=pruned.fingerprint, references=digest(references), **run.asked_key(asked))
+    table = run.table("verify", key, COUNTERFACTUALS, range(len(pruned)), produce, collective=bool(asked))
     dropped = sum(count for name, count in table.counts.items() if name.startswith("dropped"))
     run.check("verify", len(pruned) - dropped, len(pruned), remedy="try --verify teacher or none")
     return table
@@ -240,18 +207,21 @@ def evaluate(run: Run) -> Table:
         key = {"leaf": __version__, "model": model_key(model), "dtype": run.dtype, **flagged}
         return run.table(name, key, ATTENTION, range(len(scores)), produce)
 
-    told = {
-        label: (answers(run, f"eval-{label}", model, rows), attention(f"attention-{label}", model))
-        for label, model in models.items()
-    }
+    attended = {label: attention(f"attention-{label}", model) for label, model in models.items()}
 
     def produce(labels: Sequence[str]) -> Produced:
         for label in labels:
-            answered, attended = told[label]
-            yield [{"model": label, **summary(map(_answer, answered), (row["attention"] for row in attended))}], {}
+            answered = _answers(run, f"eval-{label}", models[label], rows)
+            yield [{"model": label, **summary(answered, (row["attention"] for row in attended[label]))}], {}
 
-    key = {"leaf": __version__, "inputs": [table.fingerprint for pair in told.values() for table in pair]}
-    table = run.table("eval", key, EVALUATION, list(told), produce)
+    key = run.key(
+        "eval",
+        rows=digest([dataclasses.asdict(row) for row in rows]),
+        rendering=run.encoder.fingerprint,
+        models=[model_key(model) for model in models.values()],
+        attention=[table.fingerprint for table in attended.values()],
+    )
+    table = run.table("eval", key, EVALUATION, list(models), produce, collective=True)
     for row in table:
         shown = [
             f"{name} {'none' if row[name] is None else format(row[name], '.3f')}" for name in EVALUATION.names[1:3]
@@ -311,9 +281,10 @@ def restore_row(row: Mapping[str, Any]) -> Row | Skip:
     return Row(row["id"], json.loads(row["messages"]), scored, row["answer"], json.loads(row["record"]))
 
 
-def _answer(row: Mapping[str, Any]) -> Answer | Skip:
-    """A row of an answers table, as it was."""
-    return Skip("", row["skip"], row["detail"]) if row["skip"] else Answer(row["response"], row["right"])
+def _answers(run: Run, label: str, model: str, rows: Sequence[Row], unchecked: bool = False) -> Iterator[Answer | Skip]:
+    """What a model answers each row, graded."""
+    ask = functools.partial(run.ask, model, label)
+    return answer_rows(ask, run.encoder, rows, grader=run.config.grader, ask_unchecked=unchecked)
 
 
 def _stored(chosen: Selected) -> dict[str, Any]:
