@@ -86,7 +86,7 @@ def free_memory() -> None:
 
 
 def _with_transformers(
-    model: PreTrainedModel, ids: Sequence[Ids], ends: set[int], pad: int, max_new_tokens: int, max_tokens: int
+    model: Any, ids: Sequence[Ids], ends: set[int], pad: int, max_new_tokens: int, max_tokens: int
 ) -> Iterator[tuple[int, Ids]]:
     """Positions and new ids. The longest come first, so what does not fit into the memory is known at once."""
     own = model.generation_config.eos_token_id

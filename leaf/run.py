@@ -132,25 +132,19 @@ class Run:
     def name(self, role: str) -> str:
         return self.config.named(role)
 
-    def asked_key(self, roles: Iterable[str]) -> dict[str, Any]:
-        """What the answers of models depend on, besides options and prompts."""
-        models = {role: model_key(self.name(role)) for role in roles}
-        return {**models, "rendering": self.encoder.fingerprint} if models else {}
+    def asked_key(self, models: Mapping[str, str]) -> dict[str, Any]:
+        """What the answers of models (label: name) depend on, besides options and prompts."""
+        keys = {label: model_key(name) for label, name in models.items()}
+        return {**keys, "rendering": self.encoder.fingerprint, "dtype": self.dtype} if keys else {}
 
     def ask(self, model: str, label: str, prompts: Sequence[str]) -> Mapping[str, str]:
         """The greedy response of a model to each prompt; what it was asked before in this run directory is known.
 
         Collective: the prompts are dealt to the ranks, and every rank gets all responses.
         """
-        options = {"max_new_tokens": self.config.max_new_tokens, "stop": self.encoder.end_of_turn_id}
-        key = {
-            "leaf": __version__,
-            "model": model_key(model),
-            "engine": self.config.engine,
-            "dtype": self.dtype,
-            **options,
-        }
-        key["tokenizer"] = self.encoder.fingerprint["tokenizer"]
+        options: dict[str, Any] = {"max_new_tokens": self.config.max_new_tokens, "stop": self.encoder.end_of_turn_id}
+        key = {"leaf": __version__, "model": model_key(model), "engine": self.config.engine, "dtype": self.dtype}
+        key |= {"tokenizer": self.encoder.fingerprint["tokenizer"], **options}
         known = Responses(self.folder / "responses" / digest(key), self.rank)
         # By length, so that every rank gets its share of the long ones; of all, as a rank may know more than another.
         distinct = sorted(dict.fromkeys(prompts), key=len)
@@ -158,9 +152,8 @@ class Run:
         self.ui.say(f"{label}: {before} of {len(distinct)} prompts answered before")
         todo = [prompt for prompt in distinct[self.rank :: self.ranks] if prompt not in known]
         if todo:
-            given = generate(
-                self.engine(model), self.encoder.tokenizer, todo, max_tokens=self.config.max_tokens, **options
-            )
+            options["max_tokens"] = self.config.max_tokens  # which changes no response
+            given = generate(self.engine(model), self.encoder.tokenizer, todo, **options)
             for prompt, response in self.ui.track(given, len(todo), label):
                 known[prompt] = response
         while not all(prompt in known for prompt in distinct):

@@ -68,13 +68,13 @@ def select(run: Run) -> Table:
     """The rows that are worth pruning, every other one with its reason."""
     units = list(read(run.config, run.config.data))
     rows = [unit for unit in units if isinstance(unit, Row)]
-    asked = roles(run.config.select, run.config.responses)
+    asked = {role: run.name(role) for role in roles(run.config.select, run.config.responses)}
     if asked:
         run.models()
     unchecked = run.config.responses == "teacher"  # a response is wanted of rows without an answer too
 
     def produce(todo: Sequence[Row | Skip]) -> Produced:
-        told = {role: iter([*_answers(run, f"select-{role}", run.name(role), rows, unchecked)]) for role in asked}
+        told = {role: iter([*_answers(run, f"select-{role}", name, rows, unchecked)]) for role, name in asked.items()}
         for n, unit in enumerate(units):
             if isinstance(unit, Row):
                 each = {role: next(told[role]) if role in told else None for role in ("teacher", "student")}
@@ -161,13 +161,13 @@ def verify(run: Run) -> Table:
     """Counterfactuals with the verdict of the models (E6)."""
     pruned, selected = open_table(run.folder / "prune"), open_table(run.folder / "select")
     references = {row["id"]: row["answer"] for row in selected.arrow(["id", "answer"]).to_pylist()}
-    asked = ROLES[str(run.config.verify)]
+    asked = {role: run.name(role) for role in ROLES[str(run.config.verify)]}
 
     def produce(todo: Sequence[int]) -> Produced:
         rows = pruned.rows()
         told = {}
-        for role in asked:
-            ask = functools.partial(run.ask, run.name(role), f"verify-{role}")
+        for role, name in asked.items():
+            ask = functools.partial(run.ask, name, f"verify-{role}")
             told[role] = list(answered_rightly(ask, rows, references, grader=run.config.grader))
         for n in todo:
             verdict = decide_counterfactual(rows[n], {role: right[n] for role, right in told.items()})
@@ -217,9 +217,8 @@ def evaluate(run: Run) -> Table:
     key = run.key(
         "eval",
         rows=digest([dataclasses.asdict(row) for row in rows]),
-        rendering=run.encoder.fingerprint,
-        models=[model_key(model) for model in models.values()],
         attention=[table.fingerprint for table in attended.values()],
+        **run.asked_key(models),
     )
     table = run.table("eval", key, EVALUATION, list(models), produce, collective=True)
     for row in table:
