@@ -38,7 +38,7 @@ def test_every_cut_keeps_the_whole_lines_before_it(tmp_path: pathlib.Path) -> No
             whole = content[:size].count(b"\n")
             assert [prompt in responses for prompt in TEXTS] == [n < whole for n in range(3)]
             responses["new"] = "1"
-        assert Responses(folder)["new"] == "1"
+            assert Responses(folder)["new"] == "1"
 
 
 def test_a_damaged_line_counts_as_never_asked(tmp_path: pathlib.Path) -> None:
