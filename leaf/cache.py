@@ -38,7 +38,7 @@ class Responses:
                 file.seek(position)
                 for line in file:
                     if not line.endswith(b"\n"):
-                        pass  # cut off, or not finished yet
+                        break  # cut off, or not finished yet
                     position += len(line)
                     try:
                         prompt, response = json.loads(line)

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 import pathlib
 
 import pytest
@@ -52,16 +51,13 @@ def test_a_damaged_line_counts_as_never_asked(tmp_path: pathlib.Path) -> None:
 
 
 def test_what_others_add_is_read_once_it_is_whole(tmp_path: pathlib.Path) -> None:
-    mine, theirs = Responses(tmp_path, 0), Responses(tmp_path, 1)
+    filled(tmp_path / "whole")
+    content = (tmp_path / "whole" / "0.jsonl").read_bytes()
+    mine = Responses(tmp_path, 0)
     mine["a"] = "1"
-    theirs["b"] = "2"
-    with (tmp_path / "1.jsonl").open("ab") as file:
-        file.write(b'["not yet')
-    assert "b" not in mine
-    mine.refresh()
-    assert (mine["a"], mine["b"]) == ("1", "2")
-    with (tmp_path / "1.jsonl").open("ab") as file:
-        file.write(b' whole", "3"]\n')
-    mine.refresh()
-    assert json.loads((tmp_path / "1.jsonl").read_text().splitlines()[1]) == ["not yet whole", "3"]
-    assert mine._responses["not yet whole"] == "3"
+    for size in range(len(content)):
+        with (tmp_path / "1.jsonl").open("ab") as file:
+            file.write(content[size : size + 1])
+        mine.refresh()
+        assert [prompt in mine for prompt in TEXTS] == [n < content[: size + 1].count(b"\n") for n in range(3)]
+    assert {prompt: mine[prompt] for prompt in (*TEXTS, "a")} == {**TEXTS, "a": "1"}
