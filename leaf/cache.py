@@ -58,5 +58,4 @@ class Responses:
         line = json.dumps([key, response], ensure_ascii=False).encode() + b"\n"
         with self._own.open("ab") as file:  # closed each time: other nodes see what is closed
             file.write(line)
-        self._read[self._own] += len(line)
         self._responses[key] = response
