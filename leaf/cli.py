@@ -41,17 +41,29 @@ class Terminal:
     def say(self, message: str) -> None:
         self.console.print(message, markup=False, soft_wrap=True)
 
-    def track(self, items: Iterable[T], total: int, description: str) -> Iterator[T]:
+    def track(
+        self, items: Iterable[T], total: int, description: str, tokens: Sequence[int] | None = None
+    ) -> Iterator[T]:
         from rich import progress
+        from rich.text import Text
+
+        class Speed(progress.ProgressColumn):
+            def render(self, task: progress.Task) -> Text:
+                speed = task.finished_speed or task.speed
+                return Text("" if speed is None else f"{speed:,.0f} tokens/s")
 
         columns = (
             progress.TextColumn("{task.description}"),
             progress.BarColumn(),
             progress.MofNCompleteColumn(),
+            *([Speed()] if tokens else []),
             progress.TimeRemainingColumn(elapsed_when_finished=True),
         )
         with progress.Progress(*columns, console=self.console) as bar:
-            yield from bar.track(items, total=total, description=description)
+            task = bar.add_task(description, total=sum(tokens) if tokens else total)
+            for n, item in enumerate(items):
+                bar.advance(task, tokens[n] if tokens else 1)
+                yield item
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -65,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if unknown:
         flag = unknown[0].split("=")[0]
         arguments.parser.error(f"unknown option {flag}{did_you_mean(flag, arguments.parser.flags())}")
-    expected = () if arguments.debug else (ValueError, OSError, ImportError, ArithmeticError)
+    expected = () if arguments.debug else (ValueError, OSError, ImportError, ArithmeticError, MemoryError)
     try:
         return arguments.command(arguments)
     except expected as error:

@@ -120,6 +120,7 @@ class RunConfig:
         key=False,
     )
     max_new_tokens: int = _option(512, "tokens that a model may generate", "select verify eval")
+    engine: Literal["transformers", "vllm"] = _option("transformers", "what generates", "select verify eval")
 
     level: Literal["instruction", "response", "both"] = _option("instruction", "which tokens are scored", "score")
     segments: Literal[2, 3] = _option(2, "segments that a response is cut into at response level", "score")

@@ -17,7 +17,8 @@ from rich.text import Text
 from . import sandbox
 from .config import RunConfig
 
-PACKAGES = ("leaf-kernels", "torch", "triton", "transformers", "accelerate", "datasets", "flash-attn")
+PACKAGES = ("leaf-kernels", "torch", "triton", "transformers", "accelerate", "datasets", "flash-attn", "vllm")
+OPTIONAL = ("flash-attn", "vllm")
 FIRST_ROWS = 32
 
 _PLAIN: dict[str, Any] = {"box": box.SIMPLE, "title_justify": "left", "title_style": "bold"}
@@ -55,7 +56,7 @@ def _environment() -> Grid:
         try:
             version = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            version = "absent (optional)" if name == "flash-attn" else "absent"
+            version = "absent (optional)" if name in OPTIONAL else "absent"
         grid.add_row(name, version)
     grid.add_row("cpu", f"{torch.get_num_threads()} threads")
     for n in range(torch.cuda.device_count()):

@@ -1,14 +1,14 @@
 """One run directory, and the stages over it: select → score → prune → verify → distil → eval → report.
 
-Unchanged tables are kept, a killed stage goes on after its last whole shard. Under `accelerate launch` rank 0 writes and
-the others wait; all of them train. The stages themselves are in `leaf.stages`.
+Unchanged tables are kept, a killed stage goes on after its last whole shard, and no model is asked a prompt twice. Under
+`accelerate launch` rank 0 writes and the others wait; all of them generate and train. The stages themselves are in
+`leaf.stages`.
 """
 
 from __future__ import annotations
 
 import collections
 import functools
-import gc
 import logging
 import os
 import pathlib
@@ -21,9 +21,11 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from . import __version__, graders
+from .cache import Responses
 from .config import STAGES, RunConfig
 from .data import Encoder, Row, Skip, check_pair, read_rows
-from .tables import Table, is_current, model_key, open_table, write_table
+from .generate import check_vllm, free_memory, generate, load_vllm
+from .tables import Table, digest, is_current, model_key, open_table, write_table
 
 if TYPE_CHECKING:
     from .prune import PruneConfig
@@ -38,7 +40,11 @@ class Ui(Protocol):
 
     def say(self, message: str) -> None: ...
 
-    def track(self, items: Iterable[T], total: int, description: str) -> Iterator[T]: ...
+    def track(
+        self, items: Iterable[T], total: int, description: str, tokens: Sequence[int] | None = None
+    ) -> Iterator[T]:
+        """`items` with a progress bar; with `tokens` (of each item) that of tokens per second."""
+        ...
 
 
 class Silent:
@@ -47,7 +53,9 @@ class Silent:
     def say(self, message: str) -> None:
         logger.info(message)
 
-    def track(self, items: Iterable[T], total: int, description: str) -> Iterator[T]:
+    def track(
+        self, items: Iterable[T], total: int, description: str, tokens: Sequence[int] | None = None
+    ) -> Iterator[T]:
         return iter(items)
 
 
@@ -99,7 +107,8 @@ class Run:
         self.config, self.ui = config, Silent() if ui is None else ui
         self.folder = pathlib.Path(config.output)
         self.problems: list[str] = []
-        self.is_writer = os.environ.get("RANK", "0") == "0"
+        self.rank, self.ranks = (int(os.environ.get(name, n)) for name, n in (("RANK", "0"), ("WORLD_SIZE", "1")))
+        self.is_writer = self.rank == 0
 
     @functools.cached_property
     def encoder(self) -> Encoder:
@@ -110,9 +119,7 @@ class Run:
 
         Attention dropout is set to 0: packed attention has none.
         """
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        free_memory()
         config = AutoConfig.from_pretrained(name)
         for option in ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob"):
             if getattr(config.get_text_config(), option, None):
@@ -136,16 +143,42 @@ class Run:
     def name(self, role: str) -> str:
         return self.config.named(role)
 
-    def generation(self) -> dict[str, Any]:
-        """Options of generated and graded answers."""
-        options = {name: getattr(self.config, name) for name in ("max_new_tokens", "max_tokens")}
-        return {"grader": grader_of(self.config), **options}
+    def asked_key(self, models: Mapping[str, str]) -> dict[str, Any]:
+        """What the answers of models (label: name) depend on, besides options and prompts."""
+        keys = {label: model_key(name) for label, name in models.items()}
+        return {**keys, "rendering": self.encoder.fingerprint, "dtype": self.dtype} if keys else {}
 
-    def generation_key(self, model: str, **inputs: Any) -> dict[str, Any]:
-        """What the answers of a model depend on besides `inputs`."""
-        options = {"grader": self.config.grader, "max_new_tokens": self.config.max_new_tokens, "dtype": self.dtype}
-        rendering = self.encoder.fingerprint
-        return {"leaf": __version__, "model": model_key(model), "rendering": rendering, **options, **inputs}
+    def ask(self, model: str, label: str, prompts: Sequence[str]) -> Mapping[str, str]:
+        """The greedy response of a model to each prompt; what it was asked before in this run directory is known.
+
+        Collective: the prompts are dealt to the ranks, and every rank gets all responses.
+        """
+        options: dict[str, Any] = {"max_new_tokens": self.config.max_new_tokens, "stop": self.encoder.end_of_turn_id}
+        key = {"leaf": __version__, "model": model_key(model), "engine": self.config.engine, "dtype": self.dtype}
+        key |= {"tokenizer": self.encoder.fingerprint["tokenizer"], **options}
+        known = Responses(self.folder / "responses" / digest(key), self.rank)
+        # By length, so that every rank gets its share of the long ones; of all, as a rank may know more than another.
+        distinct = sorted(dict.fromkeys(prompts), key=len)
+        before = sum(prompt in known for prompt in distinct)
+        self.ui.say(f"{label}: {before} of {len(distinct)} prompts answered before")
+        todo = [prompt for prompt in distinct[self.rank :: self.ranks] if prompt not in known]
+        if todo:
+            options["max_tokens"] = self.config.max_tokens  # which changes no response
+            given = generate(self.engine(model), self.encoder.tokenizer, todo, **options)
+            for prompt, response in self.ui.track(given, len(todo), label):
+                known[prompt] = response
+        while not all(prompt in known for prompt in distinct):
+            time.sleep(1)  # for the shares of the other ranks
+            known.refresh()
+        return {prompt: known[prompt] for prompt in distinct}
+
+    def engine(self, model: str) -> Any:
+        """What `generate` takes for a model."""
+        if self.config.engine == "transformers":
+            return self.load(model)
+        free_memory()
+        longest = self.config.max_length + self.config.max_new_tokens
+        return load_vllm(model, self.encoder.tokenizer, dtype=self.dtype, max_tokens=longest)
 
     def models(self) -> dict[str, str]:
         """Keys of teacher and student, which must be two models of one vocabulary."""
@@ -170,21 +203,34 @@ class Run:
         units: Sequence[T],
         produce: Callable[[Sequence[T]], Produced],
         collective: bool = False,
+        tokens: Callable[[T], int] | None = None,
     ) -> Table:
-        """`write_table` on rank 0, whose result the other ranks wait for; `collective` = all ranks work."""
+        """`write_table` on rank 0, whose result the other ranks wait for.
+
+        collective: all ranks produce all units, in step. tokens: of a unit; the ranks share the units, which do not depend
+        on each other.
+        """
         folder = self.folder / name
         key = {**key, "columns": schema.names}
-        if self.is_writer:
 
-            def tracked(todo: Sequence[T]) -> Produced:
-                return produce(todo) if collective else self.ui.track(produce(todo), len(todo), name)
+        def tracked(todo: Sequence[T]) -> Produced:
+            if collective:
+                return iter(produce(todo))
+            return self.ui.track(produce(todo), len(todo), name, tokens and [tokens(unit) for unit in todo])
 
-            return write_table(folder, key, schema, units, tracked, self.ui.say)
-        if collective and not is_current(folder, key):
-            collections.deque(produce(units), maxlen=0)
-        while not is_current(folder, key):
+        if tokens is not None:
+            sizes = [tokens(unit) for unit in units]
+            shared: dict[str, Any] = {"sizes": sizes, "rank": self.rank, "ranks": self.ranks}
+            table = write_table(folder, key, schema, units, tracked, self.ui.say, **shared)
+        elif self.is_writer:
+            table = write_table(folder, key, schema, units, tracked, self.ui.say)
+        else:
+            table = None
+            if collective and not is_current(folder, key):
+                collections.deque(produce(units), maxlen=0)
+        while table is None and not is_current(folder, key):
             time.sleep(1)  # a collective would time out: a stage can take hours
-        return open_table(folder)
+        return table or open_table(folder)
 
     def check(self, stage: str, left: int, total: int, *, remedy: str, skipped: int = 0) -> None:
         """Says how many rows are left, notes when too many were skipped, refuses to go on without any."""
@@ -215,6 +261,8 @@ def run_stages(config: RunConfig, stages: Sequence[str], ui: Ui | None = None) -
     device_of(config)
     if {"select", "verify", "eval"} & set(stages):
         graders.resolve(grader_of(config))
+        if config.engine == "vllm":
+            check_vllm()
     if "distill" in stages:
         training_arguments(config, run.folder)
     for stage in stages:

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from leaf_kernels import token_scores
 
 from .data import Sample, Skip
-from .generate import Loader, with_model
+from .generate import Loader, free_memory
 from .sensitivity import Sensitivity, sensitivities
 
 # Of the scores table, after those that every row has
@@ -42,13 +42,10 @@ def score_samples(
     items = list(samples)
     usable = [item for item in items if isinstance(item, Sample)]
     results = []
+    options: dict[str, Any] = {"max_tokens": max_tokens, "activation_checkpointing": activation_checkpointing}
     for load, wants_nll in ((load_teacher, False), (load_student, perplexity)):
-
-        def measure(model: PreTrainedModel, perplexity: bool = wants_nll) -> list[Sensitivity | Skip]:
-            options = {"max_tokens": max_tokens, "activation_checkpointing": activation_checkpointing}
-            return list(sensitivities(model, usable, perplexity=perplexity, **options))  # type: ignore[arg-type]
-
-        results.append(with_model(load, measure))
+        results.append(list(sensitivities(load(), usable, perplexity=wants_nll, **options)))
+        free_memory()
     scored = (score_row(*each) for each in zip(usable, *results))
     for item in items:
         yield next(scored) if isinstance(item, Sample) else skipped_row(item)
@@ -56,9 +53,8 @@ def score_samples(
 
 def score_row(sample: Sample, teacher: Sensitivity | Skip, student: Sensitivity | Skip) -> dict[str, Any]:
     """A row of the scores table: E2 and E3 on the two norms; skipped where a model could not measure it."""
-    for one in (teacher, student):
-        if isinstance(one, Skip):
-            return skipped_row(one, sample)
+    if isinstance(teacher, Skip) or isinstance(student, Skip):
+        return skipped_row(teacher if isinstance(teacher, Skip) else student, sample)  # type: ignore[arg-type]
     scored = torch.tensor(sample.scored)
     result = token_scores(
         teacher.norm[:, None], student.norm[:, None], torch.tensor([0, len(scored)], dtype=torch.int32), scored=scored

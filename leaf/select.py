@@ -5,12 +5,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
-
-from transformers import PreTrainedModel
 
 from .data import Encoder, Rendered, Row, Skip
-from .generate import Loader, generate, with_model
+from .generate import Ask, Loader, asker
 from .graders import Grader, checkable, resolve
 
 SELECTIONS = ("student_wrong", "teacher_right", "all")
@@ -76,12 +73,8 @@ def select_rows(
     items = [unit for unit in rows if isinstance(unit, Row)]
     answers = {}
     for role in roles(select, responses):
-
-        def ask(model: PreTrainedModel) -> list[Answer | Skip]:
-            options: dict[str, Any] = {"grader": grader, "max_new_tokens": max_new_tokens, "max_tokens": max_tokens}
-            return list(answer_rows(model, encoder, items, ask_unchecked=responses == "teacher", **options))
-
-        answers[role] = iter(with_model(loaders[role], ask))
+        ask = asker(loaders[role], encoder, max_new_tokens=max_new_tokens, max_tokens=max_tokens)
+        answers[role] = answer_rows(ask, encoder, items, grader=grader, ask_unchecked=responses == "teacher")
     for unit in rows:
         if isinstance(unit, Skip):
             yield Selected(None, unit.id, "skipped", unit.reason, unit.detail)
@@ -91,14 +84,7 @@ def select_rows(
 
 
 def answer_rows(
-    model: PreTrainedModel,
-    encoder: Encoder,
-    rows: Sequence[Row],
-    *,
-    grader: str | Grader = "math",
-    max_new_tokens: int = 512,
-    max_tokens: int = 16384,
-    ask_unchecked: bool = False,
+    ask: Ask, encoder: Encoder, rows: Sequence[Row], *, grader: str | Grader = "math", ask_unchecked: bool = False
 ) -> Iterator[Answer | Skip]:
     """What a model answers each row, greedily, from the same prompt that it is scored and trained on; in order.
 
@@ -108,22 +94,13 @@ def answer_rows(
     grade = resolve(grader)
     prompts = [_prompt(encoder, row) for row in rows]
     can_check = [row.answer is not None and checkable(grader, row.answer) for row in rows]
-    asked = [p for p, check in zip(prompts, can_check) if isinstance(p, str) and (check or ask_unchecked)]
-    end = encoder.end_of_turn_id
-    responses = generate(
-        model,
-        encoder.tokenizer,
-        asked,
-        max_new_tokens=max_new_tokens,
-        max_tokens=max_tokens,
-        stop=() if end is None else (end,),
-    )
+    said = ask([p for p, check in zip(prompts, can_check) if isinstance(p, str) and (check or ask_unchecked)])
     for row, prompt, check in zip(rows, prompts, can_check):
         if isinstance(prompt, Skip):
             yield prompt
-            continue
-        response = next(responses) if check or ask_unchecked else ""
-        yield Answer(response, grade(response, row.answer) if check else None)  # type: ignore[arg-type]
+        else:
+            response = said[prompt] if check or ask_unchecked else ""
+            yield Answer(response, grade(response, row.answer) if check else None)  # type: ignore[arg-type]
 
 
 def _prompt(encoder: Encoder, row: Row) -> str | Skip:

@@ -62,9 +62,9 @@ def sensitivities(
         perplexity: also the −log p of each scored token.
         activation_checkpointing: None = for packs whose activations would take more memory than the model's weights.
     """
-    engine = _Engine(model, perplexity, activation_checkpointing)
-    for batch in batches(samples, max_tokens):
-        yield from engine.run(batch)
+    scorer = Scorer(model, perplexity=perplexity, activation_checkpointing=activation_checkpointing)
+    for pack in batches(samples, max_tokens):
+        yield from scorer(pack)
 
 
 def batches(items: Sequence[Item], max_tokens: int) -> Iterator[list[Item]]:
@@ -81,15 +81,19 @@ def batches(items: Sequence[Item], max_tokens: int) -> Iterator[list[Item]]:
         yield batch
 
 
-class _Engine:
-    def __init__(self, model: PreTrainedModel, perplexity: bool, activation_checkpointing: bool | None):
+class Scorer:
+    """`sensitivities`, pack by pack."""
+
+    def __init__(
+        self, model: PreTrainedModel, *, perplexity: bool = False, activation_checkpointing: bool | None = None
+    ):
         register()
         check_model(model)
         model.set_attn_implementation(NAME)
         model.requires_grad_(False).eval()
         check_head(model)
         self.model, self.perplexity, self.head = model, perplexity, head_of(model)
-        self.layers = [m for m in model.base_model.modules() if isinstance(m, GradientCheckpointingLayer)]
+        self.layers: list[Any] = [m for m in model.base_model.modules() if isinstance(m, GradientCheckpointingLayer)]
         self.mlps = [layer.mlp for layer in self.layers] if _mlps_are_row_wise(model, self.layers) else []
         self.keeps: float = float("inf")  # activations of packs of up to so many tokens
         if self.layers and model.supports_gradient_checkpointing and activation_checkpointing is not False:
@@ -104,7 +108,7 @@ class _Engine:
             layer.training = True  # checkpoints in train mode only; its children stay in eval mode: no dropout
         self.layers[-1].gradient_checkpointing = False
 
-    def run(self, batch: Sequence[Sample]) -> list[Sensitivity | Skip]:
+    def __call__(self, batch: Sequence[Sample]) -> list[Sensitivity | Skip]:
         """Cuts a pack until it fits; what does not fit alone even with all that saves memory is skipped."""
         tokens = sum(len(sample.input_ids) for sample in batch)
         if tokens < self.too_many:
@@ -113,7 +117,7 @@ class _Engine:
             self.too_many = tokens
         if len(batch) > 1:
             half = len(batch) // 2
-            return self.run(batch[:half]) + self.run(batch[half:])
+            return self(batch[:half]) + self(batch[half:])
         if self.keeps < float("inf") and self.head.weight.is_cuda and (result := self._try(batch, offload=True)):
             return result
         return [Skip(batch[0].id, "oom", f"{tokens} tokens do not fit into memory, not even alone")]
@@ -138,7 +142,8 @@ class _Engine:
 
     def _measure(self, batch: Sequence[Sample], in_tiles: bool) -> Iterator[Sensitivity]:
         model, head = self.model, self.head
-        near, far = model.get_input_embeddings().weight.device, head.weight.device  # two, where the model spans devices
+        embed: Any = model.get_input_embeddings()
+        near, far = embed.weight.device, head.weight.device  # two, where the model spans devices
         lengths = [len(s.input_ids) for s in batch]
         starts = [0, *torch.tensor(lengths).cumsum(0).tolist()]
         layout = SharedPrefixLayout.from_lengths(lengths).to(near)
@@ -155,7 +160,7 @@ class _Engine:
         response_rows = torch.cat(rows)
         token_weight = torch.zeros(len(input_ids)).index_copy_(0, response_rows, torch.cat(weights)).to(far)
 
-        embeddings = model.get_input_embeddings()(input_ids.to(near)[None]).detach().requires_grad_()
+        embeddings = embed(input_ids.to(near)[None]).detach().requires_grad_()
         inputs = {"inputs_embeds": embeddings, "position_ids": layout.position_ids[None], "layout": layout}
         options: dict[str, Any] = {"bias": head.bias, "softcap": head.softcap, "logit_scale": head.logit_scale}
         with torch.enable_grad(), contextlib.ExitStack() as stack:
@@ -202,7 +207,7 @@ def activation_bytes_per_token(model: PreTrainedModel) -> float:
 
 
 def _few_tokens(model: PreTrainedModel, n: int) -> dict[str, Any]:
-    embeddings = model.get_input_embeddings()
+    embeddings: Any = model.get_input_embeddings()
     layout = SharedPrefixLayout.from_lengths([n]).to(embeddings.weight.device)
     ids = layout.position_ids[None].long() % embeddings.num_embeddings
     return {"input_ids": ids, "position_ids": layout.position_ids[None], "layout": layout}
@@ -272,7 +277,7 @@ class _Tiled(torch.autograd.Function):
 
 
 @torch.no_grad()
-def _mlps_are_row_wise(model: PreTrainedModel, layers: Sequence[torch.nn.Module]) -> bool:
+def _mlps_are_row_wise(model: PreTrainedModel, layers: Sequence[Any]) -> bool:
     """Whether the last layer's `mlp` takes each row by itself and what follows it mixes no rows, tried on a few tokens."""
     if not all(isinstance(getattr(layer, "mlp", None), torch.nn.Module) for layer in layers) or not layers:
         return False
@@ -284,5 +289,5 @@ def _mlps_are_row_wise(model: PreTrainedModel, layers: Sequence[torch.nn.Module]
     except (TypeError, AttributeError, RuntimeError) as error:  # it returns or takes something else than rows
         logger.info("%s: MLPs are computed on all rows: %s", type(model).__name__, error)
         return False
-    error, size = (whole - part)[rows].float().norm(), whole[rows].float().norm()
-    return bool(error <= 8 * torch.finfo(whole.dtype).eps * size)
+    difference, size = (whole - part)[rows].float().norm(), whole[rows].float().norm()
+    return bool(difference <= 8 * torch.finfo(whole.dtype).eps * size)

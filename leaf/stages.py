@@ -20,11 +20,11 @@ from .data import Row, Sample, Skip
 from .distill import distill
 from .evaluate import attention_to_flagged, summary
 from .prune import prune_row
-from .run import Produced, Run, prune_options, read
+from .run import Produced, Run, grader_of, prune_options, read
 from .score import score_row, skipped_row
 from .select import Answer, Selected, answer_rows, roles
 from .select import decide as decide_row
-from .sensitivity import Sensitivity, sensitivities
+from .sensitivity import Scorer, Sensitivity, batches
 from .tables import Table, digest, model_key, open_table
 from .verify import ROLES, answered_rightly
 from .verify import decide as decide_counterfactual
@@ -39,11 +39,11 @@ SELECT = pa.schema(
         *((f"{role}_right", _BOOL) for role in ("teacher", "student")),
     ]
 )
-ANSWERS = pa.schema([("response", _TEXT), ("right", _BOOL), ("skip", _TEXT), ("detail", _TEXT)])
-SENSITIVITY = pa.schema([("norm", _NUMBERS), ("loss", _FLOAT), ("nll", _NUMBERS)])
+SENSITIVITY = pa.schema([("norm", _NUMBERS), ("loss", _FLOAT), ("nll", _NUMBERS), ("skip", _TEXT), ("detail", _TEXT)])
 SCORES = pa.schema(
     [
-        *(("id", _TEXT), ("level", _TEXT), ("cut", _INT), ("status", _TEXT), ("reason", _TEXT), ("text", _TEXT)),
+        *(("id", _TEXT), ("level", _TEXT), ("cut", _INT), ("status", _TEXT), ("reason", _TEXT), ("detail", _TEXT)),
+        ("text", _TEXT),
         *(("prompt_chars", _INT), ("input_ids", pa.list_(_INT)), ("offsets", _SPANS), ("response_start", _INT)),
         ("scored", pa.list_(_BOOL)),
         *((name, _NUMBERS) for name in ("teacher_norm", "student_norm", "score")),
@@ -66,47 +66,29 @@ EVALUATION = pa.schema(
 )
 
 
-def answers(run: Run, name: str, model: str, units: Sequence[Row], ask_unchecked: bool = False) -> Table:
-    """What a model answers each row, in a table of its own: another model or selection does not ask it again."""
-
-    def produce(todo: Sequence[Row]) -> Produced:
-        options = {**run.generation(), "ask_unchecked": ask_unchecked}
-        for answer in answer_rows(run.load(model), run.encoder, todo, **options):
-            if isinstance(answer, Answer):
-                right = {None: "unchecked", True: "right", False: "wrong"}[answer.right]
-                yield [{"response": answer.response, "right": answer.right}], {right: 1}
-            else:
-                yield [{"skip": answer.reason, "detail": answer.detail}], {f"skipped:{answer.reason}": 1}
-
-    asked = digest([dataclasses.asdict(row) for row in units])
-    key = run.generation_key(model, rows=asked, ask_unchecked=ask_unchecked)
-    return run.table(name, key, ANSWERS, units, produce)
-
-
 def select(run: Run) -> Table:
     """The rows that are worth pruning, every other one with its reason."""
     units = list(read(run.config, run.config.data))
     rows = [unit for unit in units if isinstance(unit, Row)]
-    asked = roles(run.config.select, run.config.responses)
+    asked = {role: run.name(role) for role in roles(run.config.select, run.config.responses)}
     if asked:
         run.models()
     unchecked = run.config.responses == "teacher"  # a response is wanted of rows without an answer too
-    told = {role: answers(run, f"select-{role}", run.name(role), rows, unchecked) for role in asked}
 
     def produce(todo: Sequence[Row | Skip]) -> Produced:
-        given = {role: _from(table, units, todo, Row) for role, table in told.items()}
-        for unit in todo:
+        told = {role: iter([*_answers(run, f"select-{role}", name, rows, unchecked)]) for role, name in asked.items()}
+        for n, unit in enumerate(units):
             if isinstance(unit, Row):
-                each = {role: _answer(next(given[role])) if role in given else None for role in ("teacher", "student")}
-                chosen = decide_row(unit, **each, select=run.config.select, responses=run.config.responses)
-                row = _stored(chosen)
+                each = {role: next(told[role]) if role in told else None for role in ("teacher", "student")}
+                row = _stored(decide_row(unit, **each, select=run.config.select, responses=run.config.responses))
             else:
                 row = {"id": unit.id, "status": "skipped", "reason": unit.reason, "detail": unit.detail}
-            yield [row], _status(row)
+            if n >= len(units) - len(todo):
+                yield [row], _status(row)
 
     rows_read = digest([dataclasses.asdict(unit) for unit in units])
-    key = run.key("select", rows=rows_read, **{role: table.fingerprint for role, table in told.items()})
-    table = run.table("select", key, SELECT, units, produce)
+    key = run.key("select", rows=rows_read, **run.asked_key(asked))
+    table = run.table("select", key, SELECT, units, produce, collective=bool(asked))
     left = sum(count for name, count in table.counts.items() if name.startswith("ok"))
     skipped = sum(count for name, count in table.counts.items() if name.startswith("skipped"))
     remedy = "try --select teacher_right or all, another --grader, or a larger --max-new-tokens"
@@ -126,27 +108,26 @@ def score(run: Run) -> Table:
     rendered = digest([dataclasses.asdict(unit) for unit in units])
     models = run.models()
 
+    packs = list(batches(samples, run.config.max_tokens))  # of the whole table: whoever measures one, it is the same
+
     def measure(role: str) -> Table:
         """In a table of its own, one model at a time: a new student does not measure the teacher again."""
         perplexity = role == "student" and run.config.signal == "perplexity"
 
-        def produce(todo: Sequence[Sample]) -> Produced:
-            model = run.load(run.name(role))
-            for one in sensitivities(model, todo, max_tokens=run.config.max_tokens, perplexity=perplexity):
-                nll = None if one.nll is None else one.nll.tolist()
-                yield [{"norm": one.norm.tolist(), "loss": one.loss, "nll": nll}], {}
+        def produce(todo: Sequence[list[Sample]]) -> Produced:
+            scorer = Scorer(run.load(run.name(role)), perplexity=perplexity)
+            for pack in todo:
+                rows = [_stored_sensitivity(one) for one in scorer(pack)]
+                yield rows, collections.Counter(f"skipped:{row['skip']}" for row in rows if "skip" in row)
 
         key = {"samples": rendered, "model": models[role], "perplexity": perplexity, "dtype": run.dtype}
-        return run.table(f"score-{role}", {"leaf": __version__, **key}, SENSITIVITY, samples, produce)
-
-    def sensitivity(row: Mapping[str, Any]) -> Sensitivity:
-        nll = None if row["nll"] is None else torch.tensor(row["nll"])
-        return Sensitivity(torch.tensor(row["norm"]), row["loss"], nll)
+        key = {"leaf": __version__, **key}
+        return run.table(f"score-{role}", key, SENSITIVITY, packs, produce, tokens=_tokens)
 
     def merge(todo: Sequence[Sample | Skip]) -> Produced:
         measured = zip(*(_from(table, units, todo, Sample) for table in (teacher, student)))
         for unit in todo:
-            own = map(sensitivity, next(measured)) if isinstance(unit, Sample) else ()
+            own = map(_sensitivity, next(measured)) if isinstance(unit, Sample) else ()
             row = skipped_row(unit) if isinstance(unit, Skip) else score_row(unit, *own)
             yield [row], _status(row)
 
@@ -155,6 +136,10 @@ def score(run: Run) -> Table:
     table = run.table("score", key, SCORES, units, merge)
     usable = {row["id"] for row in table.arrow(["id", "status"]).to_pylist() if row["status"] == "ok"}
     run.check("score", len(usable), len(kept), skipped=len(kept) - len(usable), remedy="see --max-length and --protect")
+    for role, measured in (("teacher", teacher), ("student", student)):
+        if count := measured.counts.get("skipped:oom"):
+            again = f"to try them again elsewhere, remove {measured.path}"
+            run.ui.say(f"score: {count} samples do not fit into memory with the {role} (skipped: oom); {again}")
     return table
 
 
@@ -181,35 +166,21 @@ def verify(run: Run) -> Table:
     """Counterfactuals with the verdict of the models (E6)."""
     pruned, selected = open_table(run.folder / "prune"), open_table(run.folder / "select")
     references = {row["id"]: row["answer"] for row in selected.arrow(["id", "answer"]).to_pylist()}
-    units = range(len(pruned))
-
-    def ask(role: str) -> Table:
-        def produce(todo: Sequence[int]) -> Produced:
-            rows = list(itertools.islice(pruned, todo[0], None))
-            model = run.load(run.name(role))
-            for right in answered_rightly(model, run.encoder, rows, references, **run.generation()):
-                yield [{"right": right}], {}
-
-        key = run.generation_key(run.name(role), counterfactuals=pruned.fingerprint, references=digest(references))
-        return run.table(f"verify-{role}", key, ANSWERS, units, produce)
-
-    told = {role: ask(role) for role in ROLES[str(run.config.verify)]}
+    asked = {role: run.name(role) for role in ROLES[str(run.config.verify)]}
 
     def produce(todo: Sequence[int]) -> Produced:
-        rights = {role: itertools.islice(table, todo[0], None) for role, table in told.items()}
-        for row in itertools.islice(pruned, todo[0], None):
-            verdict = decide_counterfactual(row, {role: next(right)["right"] for role, right in rights.items()})
+        rows = pruned.rows()
+        told = {}
+        for role, name in asked.items():
+            ask = functools.partial(run.ask, name, f"verify-{role}")
+            told[role] = list(answered_rightly(ask, rows, references, grader=grader_of(run.config)))
+        for n in todo:
+            verdict = decide_counterfactual(rows[n], {role: right[n] for role, right in told.items()})
             label = {True: "verified", False: "dropped", None: "unverified"}[verdict["verified"]]
             yield [verdict], {":".join(filter(None, (label, verdict["reason"]))): 1}
 
-    fingerprints = {role: table.fingerprint for role, table in told.items()}
-    table = run.table(
-        "verify",
-        run.key("verify", counterfactuals=pruned.fingerprint, **fingerprints),
-        COUNTERFACTUALS,
-        units,
-        produce,
-    )
+    key = run.key("verify", counterfactuals=pruned.fingerprint, references=digest(references), **run.asked_key(asked))
+    table = run.table("verify", key, COUNTERFACTUALS, range(len(pruned)), produce, collective=bool(asked))
     dropped = sum(count for name, count in table.counts.items() if name.startswith("dropped"))
     run.check("verify", len(pruned) - dropped, len(pruned), remedy="try --verify teacher or none")
     return table
@@ -241,18 +212,20 @@ def evaluate(run: Run) -> Table:
         key = {"leaf": __version__, "model": model_key(model), "dtype": run.dtype, **flagged}
         return run.table(name, key, ATTENTION, range(len(scores)), produce)
 
-    told = {
-        label: (answers(run, f"eval-{label}", model, rows), attention(f"attention-{label}", model))
-        for label, model in models.items()
-    }
+    attended = {label: attention(f"attention-{label}", model) for label, model in models.items()}
 
     def produce(labels: Sequence[str]) -> Produced:
         for label in labels:
-            answered, attended = told[label]
-            yield [{"model": label, **summary(map(_answer, answered), (row["attention"] for row in attended))}], {}
+            answered = _answers(run, f"eval-{label}", models[label], rows)
+            yield [{"model": label, **summary(answered, (row["attention"] for row in attended[label]))}], {}
 
-    key = {"leaf": __version__, "inputs": [table.fingerprint for pair in told.values() for table in pair]}
-    table = run.table("eval", key, EVALUATION, list(told), produce)
+    key = run.key(
+        "eval",
+        rows=digest([dataclasses.asdict(row) for row in rows]),
+        attention=[table.fingerprint for table in attended.values()],
+        **run.asked_key(models),
+    )
+    table = run.table("eval", key, EVALUATION, list(models), produce, collective=True)
     for row in table:
         shown = [
             f"{name} {'none' if row[name] is None else format(row[name], '.3f')}" for name in EVALUATION.names[1:3]
@@ -312,9 +285,10 @@ def restore_row(row: Mapping[str, Any]) -> Row | Skip:
     return Row(row["id"], json.loads(row["messages"]), scored, row["answer"], json.loads(row["record"]))
 
 
-def _answer(row: Mapping[str, Any]) -> Answer | Skip:
-    """A row of an answers table, as it was."""
-    return Skip("", row["skip"], row["detail"]) if row["skip"] else Answer(row["response"], row["right"])
+def _answers(run: Run, label: str, model: str, rows: Sequence[Row], unchecked: bool = False) -> Iterator[Answer | Skip]:
+    """What a model answers each row, graded."""
+    ask = functools.partial(run.ask, model, label)
+    return answer_rows(ask, run.encoder, rows, grader=grader_of(run.config), ask_unchecked=unchecked)
 
 
 def _stored(chosen: Selected) -> dict[str, Any]:
@@ -335,6 +309,22 @@ def _from(table: Table, units: Sequence[Any], todo: Sequence[Any], kind: type) -
     """The rows of a table that has one for each unit of `kind`, from the first unit in `todo` on."""
     done = sum(isinstance(unit, kind) for unit in units[: len(units) - len(todo)])
     return itertools.islice(table, done, None)
+
+
+def _tokens(pack: Sequence[Sample]) -> int:
+    return sum(len(sample.input_ids) for sample in pack)
+
+
+def _stored_sensitivity(one: Sensitivity | Skip) -> dict[str, Any]:
+    if isinstance(one, Skip):
+        return {"skip": one.reason, "detail": one.detail}
+    return {"norm": one.norm.tolist(), "loss": one.loss, "nll": None if one.nll is None else one.nll.tolist()}
+
+
+def _sensitivity(row: Mapping[str, Any]) -> Sensitivity | Skip:
+    if row["skip"]:
+        return Skip("", row["skip"], row["detail"])
+    return Sensitivity(torch.tensor(row["norm"]), row["loss"], None if row["nll"] is None else torch.tensor(row["nll"]))
 
 
 def _status(row: Mapping[str, Any]) -> dict[str, int]:

@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from transformers import PreTrainedModel
-
 from .data import Encoder
-from .generate import Loader, generate, with_model
+from .generate import Ask, Loader, asker
 from .graders import Grader, checkable, resolve
 
 ROLES = {"both": ("student", "teacher"), "teacher": ("teacher",), "none": ()}
@@ -38,25 +36,18 @@ def verify_rows(
         raise ValueError(f"verify must be one of {', '.join(ROLES)}, got {verify!r}")
     verdicts = {}
     for role in ROLES[verify]:
-
-        def ask(model: PreTrainedModel) -> list[bool | None]:
-            options = {"grader": grader, "max_new_tokens": max_new_tokens, "max_tokens": max_tokens}
-            return list(answered_rightly(model, encoder, counterfactuals, answers, **options))  # type: ignore[arg-type]
-
-        verdicts[role] = with_model(loaders[role], ask)
+        ask = asker(loaders[role], encoder, max_new_tokens=max_new_tokens, max_tokens=max_tokens)
+        verdicts[role] = list(answered_rightly(ask, counterfactuals, answers, grader=grader))
     for n, row in enumerate(counterfactuals):
         yield decide(row, {role: right[n] for role, right in verdicts.items()})
 
 
 def answered_rightly(
-    model: PreTrainedModel,
-    encoder: Encoder,
+    ask: Ask,
     counterfactuals: Sequence[Counterfactual],
     answers: Mapping[str, str | None],
     *,
     grader: str | Grader = "math",
-    max_new_tokens: int = 512,
-    max_tokens: int = 16384,
 ) -> Iterator[bool | None]:
     """For each counterfactual, in order: whether the model's greedy continuation of its prompt is right.
 
@@ -67,17 +58,9 @@ def answered_rightly(
     grade = resolve(grader)
     wanted = [answers[row["source_id"]] for row in counterfactuals]
     can_check = [answer is not None and checkable(grader, answer) for answer in wanted]
-    end = encoder.end_of_turn_id
-    responses = generate(
-        model,
-        encoder.tokenizer,
-        (row["prompt"] for row, check in zip(counterfactuals, can_check) if check),
-        max_new_tokens=max_new_tokens,
-        max_tokens=max_tokens,
-        stop=() if end is None else (end,),
-    )
-    for answer, check in zip(wanted, can_check):
-        yield grade(next(responses), answer) if check else None  # type: ignore[arg-type]
+    said = ask([row["prompt"] for row, check in zip(counterfactuals, can_check) if check])
+    for row, answer, check in zip(counterfactuals, wanted, can_check):
+        yield grade(said[row["prompt"]], answer) if check else None  # type: ignore[arg-type]
 
 
 def decide(row: Counterfactual, right: Mapping[str, bool | None]) -> dict[str, Any]:

@@ -33,5 +33,5 @@ class Said(list[str]):
     def say(self, message: str) -> None:
         self.append(message)
 
-    def track(self, items: Iterable[T], total: int, description: str) -> Iterator[T]:
+    def track(self, items: Iterable[T], total: int, description: str, tokens: object = None) -> Iterator[T]:
         return iter(items)

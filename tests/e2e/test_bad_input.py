@@ -10,7 +10,7 @@ import pytest
 import tiny
 import torch
 from small import word_problems, write_rows
-from transformers import AutoModelForCausalLM, AutoTokenizer, ByT5Tokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, ByT5Tokenizer, LlamaForCausalLM
 
 from leaf import cli
 from leaf.tables import open_table
@@ -231,3 +231,21 @@ def test_a_pair_without_a_chat_template_runs_to_the_end(leaf: Leaf) -> None:
     assert (leaf.output / "model" / "model.safetensors").exists()
     code, said = leaf("distill", "--chat-template", "none", "--max-steps", "1", "--batch-size", "2")
     assert (code, "unchanged" in said) == (0, True)
+
+
+def test_what_cannot_generate_is_an_error(
+    tmp_path: pathlib.Path, pair: dict[str, str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    leaf = Leaf(tmp_path, pair, capsys)
+    assert leaf("select", "--engine", "vllm", rows=word_problems(2)) == (
+        2,
+        "leaf select: --engine vllm: vllm is not installed: `pip install vllm`, or leave out --engine vllm\n",
+    )
+
+    def generate(self: Any, *args: Any, **options: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(LlamaForCausalLM, "generate", generate)
+    code, said = leaf("select", rows=word_problems(2))
+    assert code == 2
+    assert "new ones does not fit into the memory of cpu, even alone: lower --max-new-tokens" in said

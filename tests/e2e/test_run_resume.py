@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pathlib
 import shutil
 import signal
@@ -129,8 +130,11 @@ def test_killed_training_resumes_from_its_last_whole_checkpoint(tmp_path: pathli
 
 
 @pytest.mark.slow
-def test_two_ranks_write_one_run(tmp_path: pathlib.Path, pair: dict[str, str]) -> None:
-    options = {**pair, "data": write_rows(tmp_path / "rows.jsonl", word_problems(5)), "select": "all", "verify": "none"}
+def test_two_ranks_write_one_run(tmp_path: pathlib.Path, pair: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "lenient.py").write_text("def right(response, answer):\n    return True\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+    options = {**pair, "data": write_rows(tmp_path / "rows.jsonl", word_problems(5)), "grader": "lenient:right"}
     options |= {"max_new_tokens": 2, "device": "cpu"}
 
     def run(name: str, batch_size: int) -> dict[str, object]:
@@ -150,3 +154,6 @@ def test_two_ranks_write_one_run(tmp_path: pathlib.Path, pair: dict[str, str]) -
         torch.testing.assert_close(two[name], one[name], rtol=0, atol=1e-5)
     for table in ("select", "score", "verify"):
         assert open_table(tmp_path / "one" / table).rows() == open_table(tmp_path / "two" / table).rows()
+    shares = [path.read_text().splitlines() for path in sorted((tmp_path / "two" / "responses").glob("*/*.jsonl"))]
+    assert min(map(len, shares)) > 0  # both ranks were asked
+    assert len({line for share in shares for line in share}) == sum(map(len, shares))

@@ -4,6 +4,7 @@ import pytest
 import tiny
 
 from leaf.data import Encoder, Row, Skip, read_rows
+from leaf.generate import asker
 from leaf.select import Answer, Selected, answer_rows, decide, roles, select_rows
 
 RIGHT, WRONG, UNCHECKED = Answer("r", True), Answer("w", False), Answer("u", None)
@@ -70,9 +71,11 @@ def test_select_rows() -> None:
     records = [{"prompt": q, "completion": "own", "answer": "?"} for q in questions]
     records.append({"prompt": "no answer", "completion": "own"})
     records.append({"prompt": "empty", "completion": "", "answer": "1"})
-    options = {"max_new_tokens": 5, "grader": "exact"}
+    asked = [row for row in read_rows(records) if isinstance(row, Row)]
     said = {
-        role: list(answer_rows(model, encoder, [r for r in read_rows(records) if isinstance(r, Row)], **options))
+        role: list(
+            answer_rows(asker(lambda model=model: model, encoder, max_new_tokens=5), encoder, asked, grader="exact")
+        )
         for role, model in models.items()
     }
     records[0]["answer"] = said["teacher"][0].response.strip() or "empty"  # only the teacher is right
@@ -89,7 +92,7 @@ def test_select_rows() -> None:
 
     loaders = {role: loader(role) for role in models}
     rows = list(read_rows(records))
-    found = list(select_rows(rows, encoder, loaders, select="student_wrong", **options))
+    found = list(select_rows(rows, encoder, loaders, select="student_wrong", grader="exact", max_new_tokens=5))
     assert loaded == ["student", "teacher"]
     assert [(s.id, s.status, s.reason) for s in found] == [
         ("0", "ok", None),
@@ -105,21 +108,17 @@ def test_select_rows() -> None:
     assert isinstance(everything[0], Selected)
 
 
-def test_rows_that_cannot_be_checked_are_not_generated_for(monkeypatch) -> None:
-    import leaf.select
+def test_rows_that_cannot_be_checked_are_not_asked() -> None:
+    encoder, asked = Encoder(tiny.tokenizer()), []
 
-    tokenizer = tiny.tokenizer()
-    encoder, asked = Encoder(tokenizer), []
-
-    def counted(model, tokenizer, prompts, **options):
+    def ask(prompts):
         asked.append(len(prompts))
-        yield from ("x" for _ in prompts)
+        return dict.fromkeys(prompts, "x")
 
-    monkeypatch.setattr(leaf.select, "generate", counted)
     rows = list(
         read_rows([{"prompt": "How many", "completion": "2"}, {"prompt": "a", "completion": "x", "answer": "x"}])
     )
-    for ask, count in ((False, 1), (True, 2)):
-        answers = list(answer_rows(None, encoder, rows, grader="exact", ask_unchecked=ask))
+    for unchecked, count in ((False, 1), (True, 2)):
+        answers = list(answer_rows(ask, encoder, rows, grader="exact", ask_unchecked=unchecked))
         assert [answer.right for answer in answers] == [None, True]
         assert asked.pop() == count

@@ -35,10 +35,10 @@ def test_verify_rows_continues_from_the_pruned_prompt() -> None:
         role: tiny.model(tokenizer, seed=n, initializer_range=0.5) for n, role in enumerate(("teacher", "student"))
     }
     rows = [counterfactual(n, p) for n, p in enumerate(["How many", "Tom has 2", "Eva is", "The sign"])]
-    said = {
-        role: list(generate(model, tokenizer, [r["prompt"] for r in rows], max_new_tokens=5))
-        for role, model in models.items()
-    }
+    said = {}
+    for role, model in models.items():
+        given = dict(generate(model, tokenizer, [row["prompt"] for row in rows], max_new_tokens=5))
+        said[role] = [given[row["prompt"]] for row in rows]
     assert said["teacher"][0].strip() != said["student"][0].strip()
     answers = {"0": said["teacher"][0], "1": None, "2": said["student"][2], "3": "neither of them"}
     loaders = {role: (lambda role=role: models[role]) for role in models}
