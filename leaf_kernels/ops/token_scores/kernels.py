@@ -69,7 +69,10 @@ def difference(t, s, teacher_low, teacher_extent, student_low, student_extent):
 def segment_scores(
     teacher_norm, student_norm, scored, segment_starts, score, HAS_SCORED: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """E2 and E3 in fp64, rounded once. Every lane keeps the extremes of what it sees."""
+    """E2 and E3 in fp64, rounded once. Every lane keeps the extremes of what it sees.
+
+    What is not scored reads 0, which no norm is below: it can only be taken for the lowest.
+    """
     segment = tl.program_id(0)
     start = tl.load(segment_starts + segment)
     end = tl.load(segment_starts + segment + 1)
@@ -84,9 +87,9 @@ def segment_scores(
         t, s, wanted = load_norms(teacher_norm, student_norm, scored, first + lane, end, HAS_SCORED)
         bad |= (wanted & ~((t < INF) & (s < INF))).to(tl.int32)  # inf or NaN
         t_low = tl.minimum(t_low, tl.where(wanted, t, INF))
-        t_high = tl.maximum(t_high, tl.where(wanted, t, -INF))
+        t_high = tl.maximum(t_high, t)
         s_low = tl.minimum(s_low, tl.where(wanted, s, INF))
-        s_high = tl.maximum(s_high, tl.where(wanted, s, -INF))
+        s_high = tl.maximum(s_high, s)
     any_bad = tl.max(bad, 0)
     teacher_low = tl.min(t_low, 0)
     student_low = tl.min(s_low, 0)
