@@ -10,9 +10,9 @@ length, every position scored. Modes:
     scores      token_scores alone: what the goals are about
     select      token_scores, then flag_tokens (the 0.1-quantile), then flagged_spans
 
-Implementations: `torch` is our specification, all segments at once in eager torch; `compile` is the same under torch.compile.
-A time is written only if norms and scores have just met their bounds against fp64 on the same inputs, and flags and spans
-are those of the specification on the same scores. What cannot run is in the file as absent, with the reason.
+Implementations: `torch` is our specification, all segments at once in eager torch; `compile` is the same under
+torch.compile. A time is written only if norms and scores have just met their bounds against fp64 on the same inputs, and
+flags and spans are those of the specification on the same scores. What cannot run is in the file as absent, with the reason.
 
 On a CPU, `--output DIR` runs every step on tiny cases, nothing compiled; the numbers mean nothing.
 """
