@@ -259,6 +259,21 @@ def test_no_host_sync_and_no_gradients():
         spans.to_list()
 
 
+def test_five_launches(monkeypatch):
+    teacher, student, segment_starts, _ = pack(1, segments=3)
+    names = []
+
+    def launch(kernel, *arguments, **constants):
+        names.append(kernel.__name__)
+        run(kernel, *arguments, **constants)
+
+    run = op.launch
+    monkeypatch.setattr(op, "launch", launch)
+    score = token_scores(teacher, student, segment_starts, impl="triton").score
+    flagged_spans(flag_tokens(score, segment_starts, q=0.3, impl="triton"), segment_starts, impl="triton")
+    assert names == ["row_norms", "segment_scores", "flag_segments", "count_runs", "place_runs"]
+
+
 def test_operators_pass_opcheck():
     teacher, student, segment_starts, flaggable = pack(1, segments=3)
     score, operators = token_scores(teacher, student, segment_starts).score, torch.ops.leaf_kernels
