@@ -194,7 +194,7 @@ def flag_segments(
     n = tl.sum(count, 0)
     any_bad = tl.max(bad, 0)
     if QUANTILE:
-        rank = tl.minimum((double(q) * n.to(tl.float64)).to(tl.int32), n - 1)
+        rank = (double(q) * n.to(tl.float64)).to(tl.int32)  # n at q = 1: above all scores, which is as good as n − 1
         threshold = order_statistic(score, start, end, rank, BLOCK)
 
     for first in range(start, end, BLOCK):
