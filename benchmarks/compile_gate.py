@@ -37,6 +37,8 @@ KERNELS = ("forward", "row_terms", "backward_q", "backward_kv", "backward_fused"
 # Query heads per key head: a power of two, and one that no tile is a multiple of
 GROUPS = {"none": 4, "window+sinks": 6, "all": 6}
 FUSED = ("sm_90", "sm_100")
+# Launchers over a pack: gradients of `size` columns; scores, "all" being quantile and flaggable; flags
+SCORES = ("token_scores", "flag_tokens", "flagged_spans")
 # Passes over logits; their size is the vocabulary, their options are bias and softcap or none
 ROW_PASSES = ("forward_kl", "reverse_kl", "jsd", "tail")
 VOCABULARIES = (128256, 50257)  # a multiple of 16, and not
@@ -46,7 +48,7 @@ VOCABULARIES = (128256, 50257)  # a multiple of 16, and not
 class Case:
     arch: str
     kernel: str
-    size: int  # of a head, of the vocabulary, or of the hidden states
+    size: int  # of a head, of the vocabulary, of the hidden states, or of the pack
     options: str = "none"  # of GROUPS; "all" is keep, window, softcap, sinks and lse gradient
     dtype: str = "bfloat16"
 
@@ -71,6 +73,10 @@ def all_cases() -> Iterator[Case]:
         yield Case(arch, kernel, vocab, options, dtype)
     for arch, dtype in itertools.product(SHARED_LIMIT, ("bfloat16", "float16", "float32")):
         yield Case(arch, "token_scores", 4096, "all", dtype)
+    for arch in SHARED_LIMIT:
+        for options, dtype in itertools.product(("none", "all"), ("float32", "float64")):
+            yield Case(arch, "flag_tokens", 64, options, dtype)
+        yield Case(arch, "flagged_spans", 64, dtype="bool")
 
 
 def ci_cases() -> Iterator[Case]:
@@ -89,10 +95,11 @@ def ci_cases() -> Iterator[Case]:
         yield Case(arch, "mass", 128, "all")
     for kernel in ("row_terms", "forward", "backward_kv"):
         yield Case("sm_90", kernel, 128, "all", "float32")
-    for arch, kernel, options in itertools.product(
-        ("sm_80", "sm_90", "sm_100"), ("forward_kl", "tail"), ("none", "all")
-    ):
-        yield Case(arch, kernel, 128256, options)
+    for arch, kernel in itertools.product(("sm_80", "sm_90", "sm_100"), ("forward_kl", "tail")):
+        yield Case(arch, kernel, 128256, "all")
+    # Of the same tile as "all" and fewer registers: one architecture shows that it compiles
+    for kernel in ("forward_kl", "tail"):
+        yield Case("sm_90", kernel, 128256)
     for kernel in ("reverse_kl", "jsd", "tail"):
         yield Case("sm_90", kernel, 50257, "all")
     for arch in ("sm_86", "sm_120"):
@@ -100,11 +107,13 @@ def ci_cases() -> Iterator[Case]:
     yield Case("sm_90", "reverse_kl", 128256, "all", "float16")
     for arch in ("sm_90", "sm_120"):
         yield Case(arch, "token_scores", 4096, "all")
+        yield Case(arch, "flag_tokens", 64, "all", "float32")
+    yield Case("sm_90", "flagged_spans", 64, dtype="bool")
 
 
 def tile_of(case: Case) -> Tile | None:
     """The configuration that a launch of this case takes; inside `compile_offline`."""
-    if case.kernel in ("row_terms", "token_scores"):
+    if case.kernel in ("row_terms", *SCORES):
         return Tile(0, 0, 0, 0)
     if case.kernel in ROW_PASSES:
         rows = tile_of_rows(torch.device("meta"))
@@ -114,16 +123,14 @@ def tile_of(case: Case) -> Tile | None:
 
 
 def compile_case(case: Case) -> tuple[Tile | None, list[Compiled]]:
-    """The kernels of one case (`mass` has two), and the tile that they were compiled with."""
+    """The kernels of one case, and the tile that they were compiled with."""
     if case.kernel in ROW_PASSES:
         with compile_offline(case.arch) as compiled:
             run_row_pass(case)
             return tile_of(case), compiled
-    if case.kernel == "token_scores":
+    if case.kernel in SCORES:
         with compile_offline(case.arch) as compiled:
-            gradient = torch.empty(64, case.size, dtype=getattr(torch, case.dtype), device="meta")
-            starts, scored = (torch.empty(n, dtype=d, device="meta") for n, d in ((5, torch.int32), (64, torch.bool)))
-            scores_op.scores(gradient, gradient, starts, scored)
+            run_scores(case)
             return tile_of(case), compiled
     layout = SharedPrefixLayout.from_lengths([100] * 10).to("meta")
     N, Hk, D = layout.num_tokens, 2, case.size
@@ -157,6 +164,19 @@ def compile_case(case: Case) -> tuple[Tile | None, list[Compiled]]:
     return tile, compiled
 
 
+def run_scores(case: Case) -> None:
+    starts, mask = (torch.empty(n, dtype=d, device="meta") for n, d in ((5, torch.int32), (64, torch.bool)))
+    values = torch.empty(64, case.size, dtype=getattr(torch, case.dtype), device="meta")
+    if case.kernel == "token_scores":
+        scores_op.scores(values, values, starts, mask)
+    elif case.kernel == "flagged_spans":
+        scores_op.spans(mask, starts)
+    elif case.options == "all":
+        scores_op.flags(values[0], starts, 0.1, 0.5, mask)
+    else:
+        scores_op.flags(values[0], starts, None, 0.5, None)
+
+
 def run_row_pass(case: Case) -> None:
     row = torch.empty(8, device="meta")
     full = case.options == "all"
@@ -171,13 +191,13 @@ def run_row_pass(case: Case) -> None:
 
 
 def problems(case: Case, tile: Tile | None, kernel: Compiled) -> list[str]:
-    """What is wrong with a compiled kernel; fp32, which is there for correctness only, may spill."""
+    """What is wrong with a compiled kernel. Where fp32 is there for correctness only, it may spill."""
     found = []
     if kernel.shared > SHARED_LIMIT[case.arch]:
         found.append(f"shared memory {kernel.shared} > {SHARED_LIMIT[case.arch]}")
     if kernel.tensor_memory > TENSOR_MEMORY_COLUMNS:
         found.append(f"tensor memory {kernel.tensor_memory} > {TENSOR_MEMORY_COLUMNS} columns")
-    if case.dtype == "float32":
+    if case.dtype == "float32" and case.kernel not in SCORES:
         return found
     if kernel.stack:
         found.append(f"{kernel.stack} bytes of registers spilled per thread")
@@ -185,7 +205,7 @@ def problems(case: Case, tile: Tile | None, kernel: Compiled) -> list[str]:
         found += [f"no {name} instruction" for name in ("LDG.E.128", "STG.E.128") if name not in kernel.instructions]
     elif kernel.kernel == "row_norms":
         found += [] if "LDG.E.128" in kernel.instructions else ["no LDG.E.128 instruction"]
-    elif tile is not None and case.kernel not in ("row_terms", "token_scores"):
+    elif tile is not None and case.kernel not in ("row_terms", *SCORES):
         wanted = tensor_core(case.arch, tile, kernel.kernel)
         if not any(name.startswith(wanted) for name in kernel.instructions):
             found.append(f"no {wanted} instruction")

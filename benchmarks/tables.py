@@ -81,7 +81,12 @@ def gpu_attention(results: Path = RESULTS) -> str:
 
 def gpu_linear_kl(results: Path = RESULTS) -> str:
     header = ["goal", "case", "what", "got", "wanted", "stretch", "verdict"]
-    return gpu_goals(results, "linear_kl", header, linear_kl_row)
+    return gpu_goals(results, "linear_kl", header, bounded_row)
+
+
+def gpu_token_scores(results: Path = RESULTS) -> str:
+    header = ["goal", "case", "what", "got", "wanted", "stretch", "verdict"]
+    return gpu_goals(results, "token_scores", header, bounded_row)
 
 
 def gpu_goals(results: Path, name: str, header: list[str], row: Callable[[dict[str, Any]], list[str]]) -> str:
@@ -114,7 +119,7 @@ def goal_row(goal: dict[str, Any]) -> list[str]:
     ]
 
 
-def linear_kl_row(goal: dict[str, Any]) -> list[str]:
+def bounded_row(goal: dict[str, Any]) -> list[str]:
     if goal["passed"] is None:
         return [goal["goal"], goal["case"], goal["what"], *["–"] * 3, goal["reason"]]
     sign, verdict = "≤" if goal["at_most"] else "≥", "reached" if goal["passed"] else "missed"
@@ -209,7 +214,11 @@ def documents() -> dict[Path, dict[str, str]]:
             "cpu-linear-kl": cpu_linear_kl(load("linear_kl_cpu")),
             "gradient-sparsity": gradient_sparsity(load("gradient_sparsity")),
         },
-        docs / "gpu.md": {"gpu-attention": gpu_attention(), "gpu-linear-kl": gpu_linear_kl()},
+        docs / "gpu.md": {
+            "gpu-attention": gpu_attention(),
+            "gpu-linear-kl": gpu_linear_kl(),
+            "gpu-token-scores": gpu_token_scores(),
+        },
     }
 
 

@@ -6,7 +6,6 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
 
 from leaf_kernels import token_scores
 

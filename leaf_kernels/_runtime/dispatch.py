@@ -9,11 +9,6 @@ import torch
 from ..types import Impl
 from .launch import interpreted
 
-# Ops that have a Triton implementation. `auto` picks it on NVIDIA GPUs of compute capability 8.0 and newer.
-TRITON_OPS = frozenset(
-    {"pruned_attention", "attention_mass", "linear_kl", "linear_kl_topk", "linear_cross_entropy", "token_scores"}
-)
-
 # Kernels of other libraries, served on request only and never by `auto`.
 VENDOR_IMPLS = {"pruned_attention": (Impl.TORCH_VARLEN, Impl.FLASH_ATTN)}
 
@@ -23,17 +18,14 @@ _warned: set[tuple[str, str]] = set()
 def resolve_impl(op: str, impl: str | Impl, device: torch.device, obstacle: str | None = None) -> Impl:
     """The implementation for `op` on `device`: never AUTO.
 
-    An explicit request is honoured or refused; only "auto" may choose. `obstacle` says why the Triton kernel cannot serve
-    this call, if so.
+    An explicit request is honoured or refused; only "auto" may choose: the Triton kernels on NVIDIA GPUs of compute
+    capability 8.0 and newer. `obstacle` says why they cannot serve this call, if so.
     """
     valid = (Impl.AUTO, Impl.TRITON, Impl.REFERENCE, *VENDOR_IMPLS.get(op, ()))
     if impl not in valid:  # Impl is a str
         raise ValueError(f"{op}: impl must be one of {', '.join(repr(i.value) for i in valid)}, got {impl!r}")
     choice = Impl(impl)
-    has_kernel = op in TRITON_OPS
     if choice is Impl.TRITON:
-        if not has_kernel:
-            raise NotImplementedError(f"{op}: this version has no Triton kernel; use impl='auto' or impl='reference'")
         if device.type != "cuda" and not (device.type == "cpu" and interpreted()):
             raise ValueError(
                 f"{op}: impl='triton' needs CUDA tensors, got {device.type!r}; use impl='reference', or set "
@@ -46,9 +38,7 @@ def resolve_impl(op: str, impl: str | Impl, device: torch.device, obstacle: str 
     if device.type == "cpu":
         return Impl.REFERENCE
     if device.type == "cuda" and torch.version.cuda is not None:
-        if not has_kernel:
-            obstacle = "there is no Triton kernel in this version"
-        elif obstacle is None and torch.cuda.get_device_capability(device) < (8, 0):
+        if obstacle is None and torch.cuda.get_device_capability(device) < (8, 0):
             obstacle = "the kernel needs compute capability 8.0"
         if obstacle is None:
             return Impl.TRITON

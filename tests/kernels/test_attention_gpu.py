@@ -14,16 +14,12 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torch._dynamo.testing
+from gpu import DEVICE, GPU_ONLY, IMPL, compilations, no_sync
 
 from leaf_kernels import SharedPrefixLayout, attention_mass, pruned_attention
 from leaf_kernels.testing import AttentionResult, assert_close_to_fp64, attention_in_chunks, pruned_groups
 
-HAS_GPU = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not HAS_GPU, reason="needs an NVIDIA GPU of compute capability 8.0 or newer"),
-]
-DEVICE, IMPL = "cuda", "triton"
+pytestmark = GPU_ONLY
 
 
 class Shape(NamedTuple):
@@ -263,16 +259,6 @@ def test_fused_backward_deviates_less_than_the_budget(record_property):
 # -- what a trainer needs of it ----------------------------------------------------------------------------------------
 
 
-@contextmanager
-def no_sync() -> Iterator[None]:
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-
-
 @pytest.mark.parametrize("deterministic", [True, False], ids=["split", "fused"])
 def test_new_layout_costs_no_host_sync(deterministic: bool):
     shape = SHAPES["gpt-oss-20b"]
@@ -298,26 +284,6 @@ def test_attention_mass_costs_no_host_sync():
         layout = host.to(DEVICE, non_blocking=True)
         mass = attention_mass(q, k, layout, queries=queries, impl=IMPL)
     assert mass.isfinite().all()
-
-
-@contextmanager
-def compilations() -> Iterator[list[str]]:
-    """Names of the kernels that Triton specialises inside; a kernel that comes from the cache on disk counts as well."""
-    import triton
-
-    runtime = getattr(getattr(triton, "knobs", None), "runtime", None)
-    if not hasattr(runtime, "jit_cache_hook"):
-        pytest.skip(f"triton {triton.__version__} has no knobs.runtime.jit_cache_hook to count compilations with")
-    names: list[str] = []
-
-    def hook(*args: Any, **details: Any) -> None:  # a true result would cancel the compilation
-        names.append(getattr(details.get("fn"), "name", "kernel"))
-
-    before, runtime.jit_cache_hook = runtime.jit_cache_hook, hook
-    try:
-        yield names
-    finally:
-        runtime.jit_cache_hook = before
 
 
 @pytest.mark.parametrize("deterministic", [True, False], ids=["split", "fused"])

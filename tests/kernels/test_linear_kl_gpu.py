@@ -8,24 +8,19 @@ Errors are held against fp64: at most twice those of plain torch code in the sam
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import NamedTuple
 
 import pytest
 import torch
 import torch._dynamo.testing
 import torch.nn.functional as F
+from gpu import DEVICE, GPU_ONLY, IMPL, compilations, no_sync
 
 from leaf_kernels import linear_cross_entropy, linear_kl, linear_kl_topk
 from leaf_kernels.testing import assert_close_to_fp64
 
-HAS_GPU = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not HAS_GPU, reason="needs an NVIDIA GPU of compute capability 8.0 or newer"),
-]
-DEVICE, IMPL = "cuda", "triton"
+pytestmark = GPU_ONLY
 DIVERGENCES = [("forward_kl", None), ("reverse_kl", None), ("jsd", 0.5)]
 
 
@@ -175,15 +170,10 @@ def test_no_host_sync_with_rows():
     tensors, rows = problem(512, SHAPES["GPT-2"]), torch.arange(0, 512, 3, device=DEVICE)
     weight = torch.rand(512, device=DEVICE)
     linear_kl(*tensors, token_weight=weight, rows=rows, impl=IMPL)  # compiles
-    torch.cuda.synchronize()
-    before = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_sync():
         linear_kl(*tensors, token_weight=weight, rows=rows, impl=IMPL).loss.backward()
         labels = torch.zeros(512, dtype=torch.int64, device=DEVICE)
         linear_cross_entropy(*tensors[:2], labels, rows=rows, impl=IMPL).loss.backward()
-    finally:
-        torch.cuda.set_sync_debug_mode(before)
 
 
 @pytest.mark.parametrize("frozen", [False, True])
@@ -206,29 +196,9 @@ def test_peak_memory(N, frozen):
     assert both <= max(forward, 2 * d_hidden + (4 + 2) * d_weight + 2**26)
 
 
-@contextmanager
-def counted_compilations() -> Iterator[list[str]]:
-    """Names of the kernels that Triton specialises inside."""
-    import triton
-
-    runtime = triton.knobs.runtime
-    if not hasattr(runtime, "jit_cache_hook"):
-        pytest.skip(f"triton {triton.__version__} has no knobs.runtime.jit_cache_hook to count compilations with")
-    names: list[str] = []
-
-    def hook(*, fn, **_):
-        names.append(fn.name)
-
-    before, runtime.jit_cache_hook = runtime.jit_cache_hook, hook
-    try:
-        yield names
-    finally:
-        runtime.jit_cache_hook = before
-
-
 def test_twenty_lengths_compile_once():
     shape = Shape(64, 64, 1003)  # of no other test
-    with counted_compilations() as names:
+    with compilations() as names:
         for n in range(1, 21):
             tensors = problem(n * 37, shape)
             linear_kl(*tensors, impl=IMPL, chunk_rows=64).loss.backward()

@@ -1,38 +1,20 @@
-"""token_scores, flag_tokens and flagged_spans: laws, the paper's vector, and a loop over segments as the oracle."""
+"""token_scores: laws, and a loop over segments as the oracle."""
 
 from __future__ import annotations
 
-import itertools
 import math
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from segments import IMPLS, pack, slices, starts
 
-from leaf_kernels import SharedPrefixLayout, flag_tokens, flagged_spans, token_scores
+from leaf_kernels import SharedPrefixLayout, flag_tokens, token_scores
 from leaf_kernels.ops.token_scores import op
-from leaf_kernels.testing import guarded_outputs, ragged_lengths, ragged_starts, refuse_host_sync
+from leaf_kernels.testing import guarded_outputs, refuse_host_sync
 
 INF, NAN = math.inf, math.nan
-IMPLS = ["auto", "triton"]  # on a CPU the specification, and the kernels in Triton's interpreter
-
-
-def starts(*values: int) -> torch.Tensor:
-    return torch.tensor(values, dtype=torch.int32)
-
-
-def pack(seed: int, tail: int = 3, segments: int = 7) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    segment_starts = ragged_starts(ragged_lengths(segments, 9, seed=seed))
-    N = int(segment_starts[-1]) + tail
-    g = torch.Generator().manual_seed(seed)
-    teacher, student = torch.randn(N, 6, generator=g), torch.randn(N, 4, generator=g)
-    return teacher, student, segment_starts, torch.rand(N, generator=g) < 0.7
-
-
-def slices(segment_starts: torch.Tensor) -> list[slice]:
-    edges = segment_starts.tolist()
-    return [slice(a, b) for a, b in itertools.pairwise(edges)]
 
 
 def min_max(values: list[float], constant: float) -> list[float]:
@@ -154,93 +136,12 @@ def test_one_graph_for_all_lengths():
     assert len(graphs) <= 2  # the first length, then any
 
 
-PAPER = [0.01, 0.02, 0.9, 0.03, 0.8, 0.7, 0.7, 0.7, 0.9, 0.9, 0.8, 0.7, 0.6]
-
-
-@pytest.mark.parametrize(
-    ("rule", "spans"),
-    [
-        ({"q": 0.05}, [(0, 0, 1)]),
-        ({"q": 0.10}, [(0, 0, 2)]),
-        ({"rule": "threshold", "tau": 0.05}, [(0, 0, 2), (0, 3, 4)]),
-    ],
-)
-def test_parity_vector(rule, spans):
-    score, segment_starts = torch.tensor(PAPER), starts(0, 13)
-    assert flagged_spans(flag_tokens(score, segment_starts, **rule), segment_starts).to_list() == spans
-
-
-@settings(max_examples=40, deadline=None)
-@given(
-    seed=st.integers(0, 10**6),
-    rule=st.sampled_from([{"q": q} for q in (0, 0.05, 0.29, 0.5, 1)] + [{"rule": "threshold", "tau": 0.3}]),
-    cap=st.sampled_from([0.5, 0.2, INF]),
-    protect=st.booleans(),
-)
-def test_flags_and_spans_are_those_of_a_loop(seed, rule, cap, protect):
-    _, _, segment_starts, scored = pack(seed)
-    g = torch.Generator().manual_seed(seed)
-    score = torch.randint(0, 12, scored.shape, generator=g) / 12  # with ties
-    score[~scored] = INF
-    flaggable = torch.rand(scored.shape, generator=g) < 0.8 if protect else None
-    flags = flag_tokens(score, segment_starts, cap=cap, flaggable=flaggable, **rule)
-    expected, spans = torch.zeros_like(scored), []
-    for number, here in enumerate(slices(segment_starts)):
-        finite = sorted(v for v in score[here].tolist() if v < INF)
-        if not finite:
-            continue
-        threshold = rule.get("tau")
-        if threshold is None:
-            threshold = min(finite[min(int(rule["q"] * len(finite)), len(finite) - 1)], cap)
-        for i in range(here.start, here.stop):
-            expected[i] = score[i] <= threshold and scored[i] and (flaggable is None or flaggable[i])
-            if expected[i] and i > here.start and expected[i - 1]:
-                spans[-1] = (number, spans[-1][1], i + 1)
-            elif expected[i]:
-                spans.append((number, i, i + 1))
-    assert torch.equal(flags, expected)
-    assert flagged_spans(flags, segment_starts).to_list() == spans
-
-
-def test_the_quantile_index_is_taken_in_fp64():
-    """0.29 · 100 is 28.999…96 in fp64 and 29.000001 in fp32."""
-    score = torch.arange(100) / 1000
-    assert flag_tokens(score, starts(0, 100), q=0.29).sum() == int(0.29 * 100) + 1 == 29
-
-
-def test_one_nan_is_enough_to_flag_nothing():
-    score = torch.tensor([0.1, NAN, 0.3, 0.1, 0.3])
-    for rule in ({"q": 0.5}, {"rule": "threshold", "tau": 0.2}):
-        assert flag_tokens(score, starts(0, 3, 5), **rule)[:4].tolist() == [False, False, False, True]
-
-
-def test_protected_tokens_count():
-    score, flaggable = torch.tensor([0.1, 0.2, 0.3, 0.4]), torch.tensor([False, True, True, True])
-    assert flag_tokens(score, starts(0, 4), q=0.25, flaggable=flaggable).tolist() == [False, True, False, False]
-
-
-def test_spans_do_not_cross_segments_and_always_fit():
-    flags = torch.ones(6, dtype=torch.bool)
-    spans = flagged_spans(flags, starts(0, 2, 2, 5))
-    assert spans.to_list() == [(0, 0, 2), (2, 2, 5)]  # position 5 belongs to no segment
-    assert {x.dtype for x in spans} == {torch.int32}
-    assert len(spans.start) == (6 + 3) // 2
-    assert spans.start[2:].tolist() == spans.segment[2:].tolist() == spans.end[2:].tolist() == [-1, -1]
-    alternating = torch.tensor([True, False, True] * 4)  # the most spans that there can be
-    spans = flagged_spans(alternating, starts(0, 3, 6, 9, 12))
-    assert spans.count == len(spans.start) == 8
-    assert spans.to_list() == [(i // 3, i, i + 1) for i in range(12) if i % 3 != 1]
-
-
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("segment_starts", [starts(0), starts(0, 0), starts(0, 0, 0)])
 @pytest.mark.parametrize("N", [0, 2])
 def test_nothing_to_score(segment_starts, N, impl):
     out = token_scores(torch.ones(N, 3), torch.ones(N, 2), segment_starts, impl=impl)
     assert out.score.tolist() == [INF] * N
-    flags = flag_tokens(out.score, segment_starts, q=0.5)
-    assert flags.tolist() == [False] * N
-    assert flagged_spans(torch.ones(N, dtype=torch.bool), segment_starts).to_list() == []
 
 
 def test_no_host_sync_and_no_gradients():
@@ -249,12 +150,7 @@ def test_no_host_sync_and_no_gradients():
     with refuse_host_sync():
         out = token_scores(teacher, student, segment_starts, scored=scored)
         op.scores(teacher.detach(), student, segment_starts, scored)  # an operator would hide a sync
-        flags = flag_tokens(out.score, segment_starts, q=0.3, flaggable=scored)
-        flag_tokens(out.score, segment_starts, rule="threshold", tau=0.3)
-        spans = flagged_spans(flags, segment_starts)
     assert not any(x.requires_grad for x in out)
-    with refuse_host_sync(), pytest.raises(AssertionError, match="host sync"):
-        spans.to_list()
 
 
 def test_segment_starts_of_a_layout():
@@ -276,18 +172,6 @@ def test_segment_starts_of_a_layout():
         (lambda s: token_scores(torch.zeros(2, 1), torch.zeros(2, 1), s.long()), TypeError, "segment_starts must be"),
         (lambda s: token_scores(torch.zeros(2, 1), torch.zeros(2, 1), s[:0]), ValueError, "segment_starts must have S"),
         (lambda s: token_scores(*[torch.zeros(2, 1)] * 2, s, scored=torch.zeros(2)), TypeError, "scored must be"),
-        (lambda s: flag_tokens(torch.zeros(2), s, q=0.1, impl="triton"), NotImplementedError, "impl='auto'"),
-        (lambda s: flag_tokens(torch.zeros(2), s), ValueError, "rule='quantile' needs q"),
-        (lambda s: flag_tokens(torch.zeros(2), s, q=1.5), ValueError, "q in .0, 1."),
-        (lambda s: flag_tokens(torch.zeros(2), s, q=0.1, tau=0.1), ValueError, "and no tau"),
-        (lambda s: flag_tokens(torch.zeros(2), s, rule="threshold"), ValueError, "needs tau"),
-        (lambda s: flag_tokens(torch.zeros(2), s, rule="top"), ValueError, "'quantile', 'threshold', got 'top'"),
-        (
-            lambda s: flag_tokens(torch.zeros(2), s, q=0, flaggable=torch.ones(2)),
-            TypeError,
-            "flaggable must be torch.bool",
-        ),
-        (lambda s: flagged_spans(torch.zeros(2), s), TypeError, "flags must be torch.bool"),
     ],
 )
 def test_errors_name_the_argument(call, error, message):

@@ -107,8 +107,12 @@ def flag_tokens(
         level = tau
     else:
         raise ValueError(f"{op}: rule must be one of 'quantile', 'threshold', got {rule!r}")
-    resolve_impl(op, impl, score.device)  # refuses what cannot be served
-    return flag_tokens_reference(score.detach(), segment_starts, rule, level, cap, flaggable)
+    arguments = (score.detach(), segment_starts, rule, level, cap, flaggable)
+    if resolve_impl(op, impl, score.device) is Impl.TRITON:
+        from .op import flag_tokens_triton
+
+        return flag_tokens_triton(*arguments)
+    return flag_tokens_reference(*arguments)
 
 
 def flagged_spans(flags: torch.Tensor, segment_starts: torch.Tensor, *, impl: str | Impl = "auto") -> FlaggedSpans:
@@ -131,7 +135,10 @@ def flagged_spans(flags: torch.Tensor, segment_starts: torch.Tensor, *, impl: st
     check_dtype(op, "flags", check_tensor(op, "flags", flags, 1), torch.bool)
     _check_segment_starts(op, segment_starts)
     check_device(op, flags.device, segment_starts=segment_starts)
-    resolve_impl(op, impl, flags.device)  # refuses what cannot be served
+    if resolve_impl(op, impl, flags.device) is Impl.TRITON:
+        from .op import flagged_spans_triton
+
+        return flagged_spans_triton(flags, segment_starts)
     return flagged_spans_reference(flags, segment_starts)
 
 

@@ -1,12 +1,14 @@
-"""`token_scores` on a GPU: one operator over two kernels."""
+"""`token_scores`, `flag_tokens` and `flagged_spans` on a GPU: an operator each."""
 
 from __future__ import annotations
+
+import struct
 
 import torch
 
 from ..._runtime.launch import architecture, launch
 from ..._runtime.library import define
-from ...types import TokenScores
+from ...types import FlaggedSpans, TokenScores
 from ..pruned_attention.arguments import as_bytes
 
 
@@ -52,3 +54,82 @@ def token_scores_triton(
 ) -> TokenScores:
     """See `token_scores`."""
     return TokenScores(*_scores(teacher_grad, student_grad, segment_starts, scored))
+
+
+def flags(
+    score: torch.Tensor, segment_starts: torch.Tensor, q: float | None, limit: float, flaggable: torch.Tensor | None
+) -> torch.Tensor:
+    from . import kernels
+
+    segment_starts = segment_starts.contiguous()
+    out = torch.empty(len(score), dtype=torch.uint8, device=score.device).zero_()  # for what is beyond the last segment
+    block = 64 if architecture(score.device) == "interpreter" else 4096
+    launch(
+        kernels.flag_segments, len(segment_starts) - 1,
+        score.contiguous(), as_bytes(flaggable), segment_starts, out, _bits(q or 0.0), _bits(limit),
+        QUANTILE=q is not None, HAS_FLAGGABLE=flaggable is not None, BLOCK=block, num_warps=16,
+    )  # fmt: skip
+    return out.view(torch.bool)
+
+
+def _bits(x: float) -> int:
+    """The bits of an fp64 number: Triton would round a float argument to fp32."""
+    return struct.unpack("<q", struct.pack("<d", x))[0]
+
+
+_flags = define(
+    "flag_tokens(Tensor score, Tensor segment_starts, float? q, float limit, Tensor? flaggable) -> Tensor",
+    flags,
+    lambda score, *_: torch.empty_like(score, dtype=torch.bool),
+)
+
+
+def flag_tokens_triton(
+    score: torch.Tensor,
+    segment_starts: torch.Tensor,
+    rule: str,
+    level: float,
+    cap: float,
+    flaggable: torch.Tensor | None,
+) -> torch.Tensor:
+    """See `flag_tokens_reference`."""
+    q, limit = (level, cap) if rule == "quantile" else (None, level)
+    return _flags(score, segment_starts, q, limit, flaggable)
+
+
+def spans(
+    flags: torch.Tensor, segment_starts: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    from . import kernels
+
+    segment_starts = segment_starts.contiguous()
+    N, S = len(flags), len(segment_starts) - 1
+    out = _empty_spans(flags, segment_starts)
+    block = 64 if architecture(flags.device) == "interpreter" else 1024
+    blocks = max(1, -(-N // block))  # the count is written even where there are no tokens
+    counts = torch.empty(blocks, dtype=torch.int32, device=flags.device)
+    pack = (as_bytes(flags), segment_starts, counts)
+    launch(kernels.count_runs, blocks, *pack, S, BLOCK=block, num_warps=4)
+    launch(kernels.place_runs, blocks, *pack, *out, S, len(out[0]), BLOCK=block, num_warps=4)
+    return out
+
+
+def _empty_spans(
+    flags: torch.Tensor, segment_starts: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    N, S = flags.shape[0], segment_starts.shape[0] - 1  # under torch.compile len() would fix them
+    capacity = torch.sym_min(N, (N + S) // 2)
+    shapes = ((capacity,), (capacity,), (capacity,), ())
+    return tuple(torch.empty(shape, dtype=torch.int32, device=flags.device) for shape in shapes)  # type: ignore[return-value]
+
+
+_spans = define(
+    "flagged_spans(Tensor flags, Tensor segment_starts) -> (Tensor segment, Tensor start, Tensor end, Tensor count)",
+    spans,
+    _empty_spans,
+)
+
+
+def flagged_spans_triton(flags: torch.Tensor, segment_starts: torch.Tensor) -> FlaggedSpans:
+    """See `flagged_spans`."""
+    return FlaggedSpans(*_spans(flags, segment_starts))
