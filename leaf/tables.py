@@ -79,7 +79,8 @@ def open_table(path: str | os.PathLike[str]) -> Table:
     """
     folder = pathlib.Path(path)
     manifest = _read_manifest(folder)
-    if {path.name for path in folder.glob("part-*")} - {shard["file"] for shard in (manifest or {}).get("shards", ())}:
+    finished = {shard["file"] for shard in manifest["shards"]} if manifest else set()
+    if {path.name for path in folder.glob("part-*.parquet")} - finished:
         raise ValueError(f"{folder} is unfinished: run `leaf {folder.name}` again, it goes on where it stopped")
     if manifest is None:
         raise ValueError(f"{folder} holds no table: run `leaf {folder.name}` first")
@@ -135,6 +136,7 @@ def write_table(
         damaged = [shard["file"] for shard in old["shards"] if not _is_good(folder, shard)]
         if not damaged:
             log(f"{folder.name}: unchanged")
+            _remove_others(folder, old)
             return Table(folder, old)
         log(f"{folder.name}: {damaged[0]} is damaged, computed again")
         for file in damaged:
@@ -167,9 +169,14 @@ def write_table(
         time.sleep(0.2)
     manifest: dict[str, Any] = {"key": _plain(key), "shards": [_facts(file) for file in files]}
     _write_manifest(folder, manifest | {"counts": _counts(manifest)})
-    for stale in set(folder.glob("part-*")) - set(files):
-        stale.unlink()
+    _remove_others(folder, manifest)
     return Table(folder, manifest)
+
+
+def _remove_others(folder: pathlib.Path, manifest: Mapping[str, Any]) -> None:
+    """Shards of the table before, or of one that was never finished: a folder holds one table."""
+    for stale in {path.name for path in folder.glob("part-*")} - {shard["file"] for shard in manifest["shards"]}:
+        (folder / stale).unlink()
 
 
 def _cut(units: int, sizes: Sequence[int] | None) -> list[slice]:

@@ -187,7 +187,7 @@ def test_no_rows_left_names_the_remedy(leaf: Leaf) -> None:
     code, said = leaf("select", *flags, rows=rows)
     assert code == 2
     assert "no row is left after select (dropped:teacher_wrong 2); try --select" in said
-    assert json.loads((leaf.output / "select" / "manifest.json").read_text())["complete"]
+    assert json.loads((leaf.output / "select" / "manifest.json").read_text())["shards"]
     code, said = leaf("run", *flags, "--max-steps", "1", rows=rows)  # stops there, and says so again
     assert code == 2
     assert "select: unchanged" in said

@@ -44,7 +44,12 @@ def build(folder: pathlib.Path, *, key: object = 1, n: int = 8, **options: Any) 
     calls: list[int] = []
     said: list[str] = []
     table = write_table(folder / "score", {"q": key}, SCHEMA, range(n), produce(calls, **options), said.append)
+    assert table is not None
     return table, calls, said
+
+
+def parts(folder: pathlib.Path) -> list[pathlib.Path]:
+    return sorted((folder / "score").glob("part-*.parquet"))
 
 
 def test_rows_counts_and_reading(tmp_path: pathlib.Path) -> None:
@@ -69,7 +74,7 @@ def test_a_changed_key_says_what_changed(tmp_path: pathlib.Path) -> None:
     assert said == ["score: computed again, because q (1 -> [2, 3]) changed"]
     assert calls == [0, 1]
     assert len(table) == 2
-    assert [p.name for p in (tmp_path / "score").glob("part-*")] == ["part-00000.parquet"]
+    assert len(parts(tmp_path)) == 1, "the old table's shards are gone"
     assert is_current(tmp_path / "score", {"q": (2, 3)})
     assert not is_current(tmp_path / "score", {"q": 1})
 
@@ -88,18 +93,18 @@ def test_a_killed_stage_resumes_after_its_last_whole_shard(tmp_path: pathlib.Pat
 @pytest.mark.parametrize("damage", ["cut", "flip", "remove"])
 def test_a_damaged_shard_is_never_read(tmp_path: pathlib.Path, damage: str) -> None:
     whole, *_ = build(tmp_path)
-    shard = tmp_path / "score" / "part-00001.parquet"
+    shard = parts(tmp_path)[1]
     content = shard.read_bytes()
     if damage == "remove":
         shard.unlink()
     else:
         shard.write_bytes(content[:-10] if damage == "cut" else content[:20] + bytes([content[20] ^ 1]) + content[21:])
     assert not is_current(tmp_path / "score", {"q": 1})
-    with pytest.raises(ValueError, match=r"part-00001\.parquet is damaged"):
+    with pytest.raises(ValueError, match=rf"{shard.name} is damaged"):
         open_table(tmp_path / "score")
     mended, calls, said = build(tmp_path)
     assert calls == [3, 4, 5, 6, 7]
-    assert said == ["score: part-00001.parquet is damaged, computed again from there"]
+    assert said == [f"score: {shard.name} is damaged, computed again", "score: resumed after 1 of 3 shards"]
     assert mended.fingerprint == whole.fingerprint
 
 
@@ -145,6 +150,95 @@ def test_a_run_that_fails_before_its_first_shard_has_lost_nothing(tmp_path: path
     assert open_table(tmp_path / "score").rows() == first.rows()
     _, calls, said = build(tmp_path)
     assert (calls, said) == ([], ["score: unchanged"])
+
+
+def test_a_run_that_is_killed_has_not_touched_the_table_before_it(tmp_path: pathlib.Path) -> None:
+    first, *_ = build(tmp_path)
+    with pytest.raises(Killed):
+        build(tmp_path, key=2, die_at=5)
+    with pytest.raises(ValueError, match="unfinished"):  # it must not pass for the result of the newer run
+        open_table(tmp_path / "score")
+    again, calls, said = build(tmp_path)
+    assert (calls, said, again.rows()) == ([], ["score: unchanged"], first.rows())
+    assert open_table(tmp_path / "score").rows() == first.rows(), "what was asked for last is the table"
+
+
+# -- shards of equal work, several processes ---------------------------------------------------------------------------
+
+SIZES = [5, 1, 1, 1, 9, 2, 2, 2]
+
+
+def share(folder: pathlib.Path, rank: int, ranks: int, die_at: int | None = None) -> tuple[Table | None, list[int]]:
+    calls: list[int] = []
+    table = write_table(
+        folder / "score", {"q": 1}, SCHEMA, range(8), produce(calls, die_at), print, sizes=SIZES, rank=rank, ranks=ranks
+    )
+    return table, calls
+
+
+@pytest.fixture
+def three_shards(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tables, "SHARDS", 3)  # of a third of the 23, at least: 0-3, 4, 5-7
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 5])
+def test_ranks_write_what_one_process_writes(tmp_path: pathlib.Path, ranks: int, three_shards: None) -> None:
+    whole, calls = share(tmp_path / "one", 0, 1)
+    assert whole is not None
+    assert calls == list(range(8))
+    assert len(parts(tmp_path / "one")) == 3
+    done = []
+    for rank in reversed(range(ranks)):
+        table, calls = share(tmp_path / "many", rank, ranks)
+        assert (table is None) == (rank > 0)
+        done += calls
+    assert sorted(done) == list(range(8)), "no unit is computed twice"
+    assert table is not None
+    assert (table.fingerprint, table.counts) == (whole.fingerprint, whole.counts)
+    if ranks == 2:
+        assert done == [0, 1, 2, 3, 5, 6, 7, 4] or done == [5, 6, 7, 0, 1, 2, 3, 4], "9 against 8 + 6"
+
+
+def test_what_ranks_leave_behind_is_finished_by_any_other_number_of_them(
+    tmp_path: pathlib.Path, three_shards: None
+) -> None:
+    whole, _ = share(tmp_path / "one", 0, 1)
+    with pytest.raises(Killed):
+        share(tmp_path / "many", 1, 2, die_at=6)  # has written the first shard of its two
+    table, calls = share(tmp_path / "many", 0, 1)
+    assert calls == [4, 5, 6, 7]
+    assert table is not None
+    assert whole is not None
+    assert table.fingerprint == whole.fingerprint
+
+
+def test_a_shard_that_was_altered_before_its_table_was_finished_is_computed_again(
+    tmp_path: pathlib.Path, three_shards: None
+) -> None:
+    whole, _ = share(tmp_path / "one", 0, 1)
+    share(tmp_path / "many", 1, 2)
+    for part, damage in zip(
+        parts(tmp_path / "many"), (lambda c: c[:-9], lambda c: c[:30] + bytes([c[30] ^ 255]) + c[31:])
+    ):
+        part.write_bytes(damage(part.read_bytes()))
+    table, calls = share(tmp_path / "many", 0, 1)
+    assert calls == list(range(8))
+    assert table is not None
+    assert whole is not None
+    assert table.fingerprint == whole.fingerprint
+
+
+def test_sizes_make_enough_shards_to_be_dealt_out() -> None:
+    sizes = [1] * 1000
+    shards = tables._cut(1000, sizes)
+    assert [s.start for s in shards[1:]] == [s.stop for s in shards[:-1]]
+    assert (shards[0].start, shards[-1].stop) == (
+        0,
+        1000,
+    )
+    assert 60 <= len(shards) <= tables.SHARDS
+    assert len(tables._cut(1000, [tables.SHARD_SIZE // 2] * 1000)) == 500
+    assert tables._cut(0, []) == [slice(0, 0)]
 
 
 def test_what_changed_is_readable(tmp_path: pathlib.Path) -> None:
