@@ -1,0 +1,163 @@
+"""The score stage: the same tables from any number of processes, whenever they are killed, and every row accounted for."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import random
+import subprocess
+import sys
+
+import pytest
+import torch
+from small import Said, word_problems, write_rows
+
+from leaf import sensitivity
+from leaf.config import RunConfig
+from leaf.run import run_stages
+from leaf.tables import open_table
+
+TABLES = ("score-teacher", "score-student", "score")
+
+# Forks one child after the other, each of which scores until it is killed after the given seconds; the last one is not.
+# Imports are done once, and no thread is alive when a child is made.
+KILL = """
+import os, signal, sys, time
+import torch
+torch.set_num_threads(1)
+import leaf.run, leaf.stages
+from leaf import cli
+for delay in [*map(float, sys.argv[1].split(",")), None]:
+    child = os.fork()
+    if child == 0:
+        os._exit(cli.main(sys.argv[2:]))
+    if delay is not None:
+        time.sleep(delay)
+        os.kill(child, signal.SIGKILL)
+    _, status = os.waitpid(child, 0)
+    print("killed" if os.WIFSIGNALED(status) else os.WEXITSTATUS(status))
+"""
+
+
+def config(pair: dict[str, str], folder: pathlib.Path, rows: int = 12) -> RunConfig:
+    """Packs of about two samples, each in a shard of its own; two lengths of rows."""
+    problems = word_problems(rows)
+    for row in problems[::3]:
+        row["prompt"] = "A robe takes 2 bolts of blue fiber. " * 4 + row["prompt"]
+    data = write_rows(folder / "rows.jsonl", problems)
+    return RunConfig.from_mapping(
+        {
+            **pair,
+            "data": data,
+            "output": str(folder / "run"),
+            "select": "all",
+            "max_tokens": 300,
+            "signal": "perplexity",
+        }
+    )
+
+
+def contents(folder: str) -> dict[str, tuple[str, dict[str, int]]]:
+    return {name: (table.fingerprint, table.counts) for name in TABLES for table in [open_table(f"{folder}/{name}")]}
+
+
+def command(options: RunConfig) -> list[str]:
+    flags = ("teacher", "student", "output", "max_tokens", "signal")
+    return ["score", *(text for name in flags for text in (f"--{name.replace('_', '-')}", str(getattr(options, name))))]
+
+
+@pytest.fixture(scope="module")
+def whole(pair: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[str, dict[str, int]]]:
+    options = config(pair, tmp_path_factory.mktemp("whole"))
+    with one_thread():
+        run_stages(options, ("select", "score"))
+    assert len(open_table(f"{options.output}/score-teacher").manifest["shards"]) >= 6
+    return contents(options.output)
+
+
+class one_thread:
+    def __enter__(self) -> None:
+        self.before = torch.get_num_threads()
+        torch.set_num_threads(1)
+
+    def __exit__(self, *_: object) -> None:
+        torch.set_num_threads(self.before)
+
+
+@pytest.mark.parametrize("ranks", [2, pytest.param(3, marks=pytest.mark.slow)])
+def test_ranks_share_the_work_and_the_tables_are_those_of_one_process(
+    pair: dict[str, str], tmp_path: pathlib.Path, whole: dict[str, tuple[str, dict[str, int]]], ranks: int
+) -> None:
+    """Bitwise: the packs are planned for the whole table, whoever measures them."""
+    options = config(pair, tmp_path)
+    run_stages(options, ("select",))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(ranks)}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-m", "leaf", *command(options)],
+            env={**environment, "RANK": str(rank)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(ranks)
+    ]
+    errors = [process.communicate(timeout=300)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0] * ranks, errors
+    assert contents(options.output) == whole
+
+
+@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
+def test_killed_at_any_moment_it_goes_on_to_the_same_tables(
+    pair: dict[str, str], tmp_path: pathlib.Path, whole: dict[str, tuple[str, dict[str, int]]], kills: int
+) -> None:
+    options = config(pair, tmp_path)
+    run_stages(options, ("select",))
+    rng = random.Random(kills)
+    delays = ",".join(str(rng.uniform(0.2, 1.5)) for _ in range(kills))
+    done = subprocess.run(
+        [sys.executable, "-c", KILL, delays, *command(options)], capture_output=True, text=True, timeout=600, check=True
+    )
+    assert done.stdout.split()[0] == "killed", "the first came before the end"
+    assert done.stdout.split()[-1] == "0", done.stderr
+    assert contents(options.output) == whole
+
+
+def test_what_does_not_fit_is_counted_with_its_length(
+    pair: dict[str, str], tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Memory for 150 tokens: pairs are parted, the long rows are skipped, and a run says so and fails."""
+    options = config(pair, tmp_path)
+    measure, seen = sensitivity.Scorer._measure, []
+
+    def small(self: sensitivity.Scorer, batch: list, in_tiles: bool):
+        tokens = sum(len(sample.input_ids) for sample in batch)
+        seen.append(tokens)
+        if tokens > 150:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return measure(self, batch, in_tiles)
+
+    monkeypatch.setattr(sensitivity.Scorer, "_measure", small)
+    said = Said()
+    problems = run_stages(options, ("select", "score"), said)
+    rows = open_table(f"{options.output}/score").rows()
+    long = [row for row in rows if row["status"] == "skipped"]
+    assert [row["id"] for row in long] == ["p0", "p3", "p6", "p9"]
+    assert {row["reason"] for row in long} == {"oom"}
+    assert all(row["detail"].endswith("tokens do not fit into memory, not even alone") for row in long)
+    assert all(row["teacher_norm"] for row in rows if row["status"] == "ok")
+    assert len(seen) < 30, "a size that did not fit is not tried again"
+    assert problems == [
+        "score: 4 of 12 rows were skipped, more than --max-skip-fraction 0.01 (ok 8, skipped:oom 4)"
+    ] or problems == ["score: 4 of 12 rows were skipped, more than --max-skip-fraction 0.01 (skipped:oom 4)"]
+    assert any("do not fit into memory with the teacher (skipped: oom)" in line for line in said)
+
+
+def test_another_error_is_not_taken_for_a_lack_of_memory(
+    pair: dict[str, str], tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(sensitivity.Scorer, "_measure", broken)
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        run_stages(config(pair, tmp_path), ("select", "score"))
