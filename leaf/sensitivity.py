@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol, TypeVar
@@ -17,7 +18,7 @@ from leaf_kernels import SharedPrefixLayout, linear_cross_entropy
 from leaf_kernels.integrations.transformers import NAME, check_model, register
 
 from .data import Sample, Skip
-from .objective import check_head, head_of, hidden_states
+from .objective import Head, check_head, head_of, hidden_states
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +39,20 @@ class Sensitivity(NamedTuple):
     norm: torch.Tensor  # [n] fp32, ‖d loss / d embedding‖ at every position; only scored ones are meaningful
     loss: float  # mean cross-entropy of the response tokens, end of turn included
     nll: torch.Tensor | None  # [n] fp32, −log p of each scored token given what precedes it; None unless asked for
+
+
+class _Gradient(NamedTuple):
+    """Of a pack of N tokens, on the model's devices."""
+
+    embeddings: torch.Tensor  # [1, N, H], of the loss
+    losses: torch.Tensor  # [N], what each row adds to it
+    hidden: torch.Tensor  # [N, H]
+    labels: torch.Tensor  # [N]
+    layout: SharedPrefixLayout
+
+
+def _options(head: Head) -> dict[str, Any]:
+    return {"bias": head.bias, "softcap": head.softcap, "logit_scale": head.logit_scale}
 
 
 def sensitivities(
@@ -140,12 +155,13 @@ class Scorer:
         clear_device_cache(garbage_collection=True)
         return None
 
-    def _measure(self, batch: Sequence[Sample], in_tiles: bool) -> Iterator[Sensitivity]:
+    def _gradient(self, batch: Sequence[Sample], in_tiles: bool) -> _Gradient:
+        """The forward and backward of a pack; reads no value back from the device."""
         model, head = self.model, self.head
         embed: Any = model.get_input_embeddings()
         near, far = embed.weight.device, head.weight.device  # two, where the model spans devices
         lengths = [len(s.input_ids) for s in batch]
-        starts = [0, *torch.tensor(lengths).cumsum(0).tolist()]
+        starts = itertools.accumulate(lengths, initial=0)
         layout = SharedPrefixLayout.from_lengths(lengths).to(near)
         input_ids = torch.tensor([i for s in batch for i in s.input_ids])
         # The last row of a sample would predict the next sample's first token: it is never used.
@@ -162,7 +178,6 @@ class Scorer:
 
         embeddings = embed(input_ids.to(near)[None]).detach().requires_grad_()
         inputs = {"inputs_embeds": embeddings, "position_ids": layout.position_ids[None], "layout": layout}
-        options: dict[str, Any] = {"bias": head.bias, "softcap": head.softcap, "logit_scale": head.logit_scale}
         with torch.enable_grad(), contextlib.ExitStack() as stack:
             for mlp in self.mlps if in_tiles else ():
                 stack.enter_context(_replaced(mlp, _in_tiles))
@@ -170,18 +185,26 @@ class Scorer:
                 stack.enter_context(_replaced(self.mlps[-1], functools.partial(_on_rows, rows=response_rows.to(far))))
             hidden = hidden_states(model, inputs).to(far)
             loss, per_token = linear_cross_entropy(
-                hidden, head.weight, labels, token_weight=token_weight, rows=response_rows.to(far), **options
+                hidden, head.weight, labels, token_weight=token_weight, rows=response_rows.to(far), **_options(head)
             )
             (gradient,) = torch.autograd.grad(loss, embeddings)
+        return _Gradient(gradient, per_token * token_weight, hidden.detach(), labels, layout)
+
+    def _measure(self, batch: Sequence[Sample], in_tiles: bool) -> Iterator[Sensitivity]:
+        gradient, weighted, hidden, labels, layout = self._gradient(batch, in_tiles)
+        head, lengths = self.head, [len(s.input_ids) for s in batch]
+        starts = itertools.accumulate(lengths, initial=0)
         norm = torch.linalg.vector_norm(gradient[0], dim=-1, dtype=torch.promote_types(gradient.dtype, torch.float32))
         nll = None
         if self.perplexity:
             prompt = torch.tensor([i for s in batch for i in s.scored])
             prompt_rows = (prompt & (layout.position_ids.cpu() > 0)).nonzero().squeeze(1) - 1
             with torch.no_grad():
-                nll = linear_cross_entropy(hidden.detach(), head.weight, labels, rows=prompt_rows.to(far), **options)[1]
+                nll = linear_cross_entropy(
+                    hidden, head.weight, labels, rows=prompt_rows.to(labels.device), **_options(head)
+                )[1]
             nll = nll.roll(1).cpu()  # from the predicting row to the predicted token
-        losses = torch.stack([x.sum() for x in (per_token * token_weight).split(lengths)]).tolist()
+        losses = torch.stack([x.sum() for x in weighted.split(lengths)]).tolist()
         norm = norm.cpu()
         for i, (start, length) in enumerate(zip(starts, lengths)):
             here = slice(start, start + length)

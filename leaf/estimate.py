@@ -1,0 +1,417 @@
+"""`leaf estimate`: memory and time of every stage, from two configs, before any weights are loaded.
+
+Memory is not a formula: the code of the stages runs on fake tensors, which have shapes and no values, and the bytes that
+are alive at one time are counted. Time is rough: products of matrices over the device's throughput.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+from rich import box
+from rich.table import Table as Grid
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
+
+from leaf_kernels import SharedPrefixLayout, pruned_attention
+from leaf_kernels.integrations.transformers import NAME, MassRecorder, check_model, packed_inputs, register
+from leaf_kernels.testing import AllocationRecorder, gpu_shapes
+
+from . import sensitivity
+from .config import RunConfig, did_you_mean
+from .data import Sample
+from .objective import distillation, head_of, hidden_states
+from .pack import Collator
+from .sensitivity import Scorer, batches
+
+GIB = 2**30
+USABLE = 0.92  # of a device's memory: the rest is the context's, the libraries' and what the allocator cannot use
+PRODUCTS = {getattr(torch.ops.aten, name) for name in ("mm", "addmm", "bmm", "baddbmm", "_grouped_mm")}
+PLAIN_ROWS = 1000  # that times are given for, where no data says how many there are
+
+
+class Device(NamedTuple):
+    """Where a run would be. Rates are the maker's, of dense products; those of a CPU are measured."""
+
+    name: str
+    memory: int  # bytes
+    flops: dict[int, float]  # per second, by the size of an element
+    bandwidth: float  # bytes per second
+    shares: tuple[float, float]  # of these rates that models reach, at worst and at best
+
+    @property
+    def is_gpu(self) -> bool:
+        return self.name != "cpu"
+
+
+def _gpu(name: str, gib: float, tflops16: float, tflops32: float, tb_per_s: float) -> Device:
+    return Device(name, int(gib * GIB), {2: tflops16 * 1e12, 4: tflops32 * 1e12}, tb_per_s * 1e12, (0.2, 0.6))
+
+
+GPUS = {
+    gpu.name: gpu
+    for gpu in (
+        _gpu("a100", 80, 312, 19.5, 2.0),
+        _gpu("a100-40gb", 40, 312, 19.5, 1.55),
+        _gpu("h100", 80, 989, 67, 3.35),
+        _gpu("h200", 141, 989, 67, 4.8),
+        _gpu("b200", 180, 2250, 75, 7.7),
+        _gpu("l4", 24, 121, 30, 0.3),
+        _gpu("l40s", 48, 362, 91, 0.86),
+        _gpu("rtx4090", 24, 165, 82, 1.0),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Stage:
+    """The peak of one model in one stage, in bytes, and its time for all rows, in seconds."""
+
+    name: str
+    weights: int
+    activations: int  # or checkpoints; for generation the KV cache
+    scratch: int  # of the op that runs at the peak
+    seconds: tuple[float, float]
+    state: int = 0  # gradients and AdamW
+
+    @property
+    def peak(self) -> int:
+        return self.weights + self.state + self.activations + self.scratch
+
+
+@dataclass(frozen=True)
+class Workload:
+    """The rows of a run: tokens of each in a stage's largest pack, and how many rows there are."""
+
+    lengths: list[int]
+    rows: int = PLAIN_ROWS
+    mean: float = field(default=0.0)  # tokens of a row
+
+    @classmethod
+    def plain(cls, length: int, max_tokens: int) -> Workload:
+        return cls([length] * max(1, max_tokens // length), mean=length)
+
+    @classmethod
+    def of(cls, samples: Sequence[Any], max_tokens: int) -> Workload:
+        packs = [[len(sample.input_ids) for sample in pack] for pack in batches(samples, max_tokens)]
+        tokens = sum(map(sum, packs))
+        return cls(max(packs, key=lambda pack: (sum(pack), max(pack))), len(samples), tokens / len(samples))
+
+
+def device_named(name: str, dtype: torch.dtype | None = None) -> Device:
+    """A GPU of `GPUS`, the one that is here ("cuda", "cuda:N"), this "cpu", or "auto": the GPU where there is one.
+
+    Raises:
+        ValueError: a device that is not known, or not here.
+    """
+    if name.lower() in GPUS:
+        return GPUS[name.lower()]
+    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+        return _this_cpu(dtype or torch.float32)
+    if name == "auto" or name.startswith("cuda"):
+        if not torch.cuda.is_available():
+            raise ValueError(f"--device {name}: there is no GPU here; name one: {', '.join(GPUS)}")
+        here = torch.cuda.get_device_properties(torch.device("cuda" if name == "auto" else name))
+        words = here.name.lower().replace(" ", "")
+        known = max((gpu for gpu in GPUS if gpu.split("-")[0] in words), key=len, default="a100")  # rates: rough
+        return GPUS[known]._replace(name=here.name, memory=here.total_memory)
+    raise ValueError(
+        f"--device must be auto, cpu, cuda, cuda:N or one of {', '.join(GPUS)}, got {name!r}{did_you_mean(name, GPUS)}"
+    )
+
+
+def _this_cpu(dtype: torch.dtype) -> Device:
+    a, big = torch.ones(1024, 1024, dtype=dtype), torch.ones(2**25, dtype=torch.float32)
+
+    def fastest(run: Callable[[], object]) -> float:
+        run()
+        times = []
+        for _ in range(3):
+            start = time.perf_counter()
+            run()
+            times.append(time.perf_counter() - start)
+        return min(times)
+
+    flops = 2 * 1024**3 / fastest(lambda: a @ a)
+    bandwidth = big.nbytes / fastest(lambda: big.sum())
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return Device("cpu", memory, {2: flops, 4: flops}, bandwidth, (0.25, 1.0))
+
+
+def read_config(name: str) -> PreTrainedConfig:
+    """The config of a model folder, a hub id or a config.json; weights are not looked at.
+
+    Raises:
+        ValueError: none is there, transformers does not know its architecture, or LeaF cannot pack it.
+    """
+    try:
+        config = AutoConfig.from_pretrained(name)
+    except (OSError, KeyError) as error:
+        raise ValueError(
+            f"{name}: no config of a model: give a folder with a config.json, that file, or a hub id ({error})"
+        ) from error
+    check_model(config)
+    for option in ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob"):
+        if getattr(config.get_text_config(), option, None):
+            setattr(config.get_text_config(), option, 0.0)  # as `Run.load`
+    return config
+
+
+# -- tracing -----------------------------------------------------------------------------------------------------------
+
+
+class _Trace(AllocationRecorder):
+    """Also counts floating-point operations, and knows how much of the peak an op's scratch is.
+
+    keys: that a query sees on average; attention is an op of many names, which are counted by the size of their queries.
+    """
+
+    def __init__(self, keys: float) -> None:
+        super().__init__()
+        self.keys, self.flops, self.scratch = keys, 0.0, 0
+        self._entry: int | None = None  # bytes alive when an op of ours began
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        outermost = self._entry is None and func.namespace == "leaf_kernels"
+        if outermost:
+            self._entry = self.live
+        try:
+            result = super().__torch_dispatch__(func, types, args, kwargs)
+        finally:
+            if outermost:
+                self._entry = None
+        if func._overloadpacket in PRODUCTS:
+            *_, a, b = (x for x in args if isinstance(x, torch.Tensor))
+            self.flops += 2 * a.numel() * b.shape[-1]
+        elif "attention" in func.name():
+            products = 5 if "backward" in func.name() else 2
+            self.flops += 2 * products * args[0].numel() * self.keys
+        return result
+
+    def _created(self, storage: torch.UntypedStorage) -> None:
+        peak = self.peak
+        super()._created(storage)
+        if self.peak > peak:
+            self.scratch = 0 if self._entry is None else self.live - self._entry
+
+
+@contextlib.contextmanager
+def _shapes(gpu: bool) -> Iterator[None]:
+    """Inside, tensors are fake and the code of the stages runs on them, on the CPU; what must see values is left out."""
+
+    def layout(make: Callable[..., SharedPrefixLayout], lengths: Sequence[int]) -> SharedPrefixLayout:
+        with unset_fake_temporarily():
+            return _planned(make(lengths))
+
+    def have_mlps(model: PreTrainedModel, layers: Sequence[Any]) -> bool:
+        return bool(layers) and all(isinstance(getattr(layer, "mlp", None), torch.nn.Module) for layer in layers)
+
+    with contextlib.ExitStack() as stack:
+        if gpu:
+            stack.enter_context(gpu_shapes())
+            stack.enter_context(mock.patch.dict(sensitivity.TILE_ROWS, cpu=sensitivity.TILE_ROWS["cuda"]))
+        from_lengths = functools.partial(layout, SharedPrefixLayout.from_lengths)
+        stack.enter_context(mock.patch.object(SharedPrefixLayout, "from_lengths", from_lengths))
+        stack.enter_context(mock.patch.object(sensitivity, "check_head"))
+        stack.enter_context(mock.patch.object(sensitivity, "_mlps_are_row_wise", have_mlps))
+        stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        yield
+
+
+def _planned(layout: SharedPrefixLayout) -> SharedPrefixLayout:
+    """With the plan of its attention, for which values are read; it is kept in the layout."""
+    q = torch.zeros(layout.num_tokens, 1, 1)
+    pruned_attention(q, q, q, layout)
+    return layout
+
+
+def _model(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    try:
+        with no_init_weights():
+            model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=NAME)
+    except ValueError as error:
+        raise ValueError(f"{config.model_type} is not a causal language model that transformers knows: {error}") from error
+    return model.requires_grad_(False).eval()
+
+
+def _bytes(model: PreTrainedModel) -> int:
+    tensors = {t.untyped_storage()._cdata: t.nbytes for t in (*model.parameters(), *model.buffers())}
+    return sum(tensors.values())
+
+
+def _sample(length: int, vocab: int, n: int = 0) -> Sample:
+    """Half prompt, half response."""
+    half = max(1, length // 2)
+    ids = [(n + i) % vocab for i in range(length)]
+    return Sample(str(n), "instruction", 0, "", 0, ids, [], half, [i < half for i in range(length)])
+
+
+# -- the stages --------------------------------------------------------------------------------------------------------
+
+
+class Estimator:
+    """The stages of a pair on a device; `stage(...)` of each returns a `Stage`.
+
+    Args:
+        teacher, student: configs.
+        dtype: of frozen models.
+    """
+
+    def __init__(
+        self,
+        teacher: PreTrainedConfig,
+        student: PreTrainedConfig,
+        workload: Workload,
+        device: Device,
+        dtype: torch.dtype,
+        *,
+        max_tokens: int = 16384,
+        max_new_tokens: int = 512,
+        epochs: float = 3,
+    ):
+        register()
+        self.configs = {"teacher": teacher, "student": student}
+        self.workload, self.device, self.dtype = workload, device, dtype
+        self.max_tokens, self.max_new_tokens, self.epochs = max_tokens, max_new_tokens, epochs
+
+    def all(self) -> list[Stage]:
+        return [
+            *(self.generation(role) for role in self.configs),
+            *(self.scoring(role) for role in self.configs),
+            self.distillation(checkpointing=False),
+            self.distillation(checkpointing=True),
+            self.attention(),
+        ]
+
+    def _seconds(self, flops: float, dtype: torch.dtype, moved: float = 0) -> tuple[float, float]:
+        """At best and at worst; moved: bytes that are read without much computing."""
+        worst, best = self.device.shares
+        ideal = flops / self.device.flops[2 if dtype.itemsize == 2 else 4] + moved / self.device.bandwidth
+        return ideal / best, ideal / worst
+
+    def _per_row(self, pack_tokens: int) -> float:
+        """Packs of this size for all rows."""
+        return self.workload.rows * self.workload.mean / pack_tokens
+
+    def generation(self, role: str) -> Stage:
+        """select, verify, eval: a batch of the longest prompts, with its KV cache grown to the full width."""
+        longest = max(self.workload.lengths)
+        width, new = longest + self.max_new_tokens, self.max_new_tokens
+        batch = max(1, self.max_tokens // width)
+        with _shapes(self.device.is_gpu), torch.no_grad():
+            model: Any = _model(self.configs[role], self.dtype)
+            model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")
+            weights, cache = _bytes(model), DynamicCache(config=model.config)
+
+            def step(tokens: int, past: int) -> None:
+                # Left-padded prompts need a mask; a lone one needs none
+                mask = torch.ones(batch, 1, tokens, past + tokens, dtype=torch.bool) if batch > 1 else None
+                ids = torch.zeros(batch, tokens, dtype=torch.long)
+                positions = torch.arange(past, past + tokens)[None]
+                options = {"attention_mask": mask, "position_ids": positions, "past_key_values": cache}
+                model(ids, use_cache=True, logits_to_keep=1, **options).logits[:, -1].float()
+
+            with _Trace(longest / 2) as trace:
+                step(longest, 0)
+                peak, prefill = trace.peak, trace.flops
+                if new > 2:
+                    step(new - 2, longest)
+                trace.peak = before = trace.live
+                decode = trace.flops
+                step(1, width - 2)
+            decode = trace.flops - decode
+        moved = (weights + before / 2) * new
+        seconds = [x * self.workload.rows / batch for x in self._seconds(prefill + decode * new, self.dtype, moved)]
+        peak = max(peak, trace.peak)
+        return Stage(f"generate, {role}", weights, peak, 0, (seconds[0], seconds[1]))
+
+    def scoring(self, role: str) -> Stage:
+        """A pack through `leaf.sensitivity`, with checkpoints where it would choose them."""
+        lengths = self.workload.lengths
+        with _shapes(self.device.is_gpu):
+            model = _model(self.configs[role], self.dtype)
+            vocab = model.get_input_embeddings().num_embeddings  # type: ignore[union-attr]
+            batch = [_sample(n, int(vocab), i) for i, n in enumerate(lengths)]
+            scorer = Scorer(model)
+            checkpoints = sum(lengths) > scorer.keeps
+            if checkpoints:
+                scorer._checkpoint(offload=False)
+            with _Trace(max(lengths) / 2) as trace:
+                scorer._gradient(batch, in_tiles=checkpoints)
+            weights = _bytes(model)
+        low, high = self._seconds(trace.flops * self._per_row(sum(lengths)), self.dtype)
+        name = f"score, {role}{', checkpoints' if checkpoints else ''}"
+        return Stage(name, weights, trace.peak - trace.scratch, trace.scratch, (low, high))
+
+    def distillation(self, checkpointing: bool) -> Stage:
+        """A pack of originals, each with a counterfactual that shares half of it, where gradients and AdamW exist already."""
+        length = max(max(self.workload.lengths), 4)
+        count = max(1, self.max_tokens // (length + length // 2))
+        vocab = min(config.get_text_config().vocab_size for config in self.configs.values())
+        items = [_sample(length, vocab, n) for n in range(count)]
+        groups = [
+            {
+                "id": item.id,
+                "original": {"input_ids": item.input_ids, "response_start": item.response_start},
+                "counterfactuals": [
+                    {
+                        "input_ids": item.input_ids[: length // 2 - 1] + item.input_ids[length // 2 :],
+                        "response_start": item.response_start - 1,
+                    }
+                ],
+            }
+            for item in items
+        ]
+        pack: Any = Collator(10**12)(groups)["packs"][0]  # type: ignore[arg-type]
+        _planned(pack["layout"])
+        inputs = {name: pack[name] for name in ("input_ids", "position_ids", "layout")}
+        autocast = functools.partial(torch.autocast, "cpu", torch.bfloat16, enabled=self.device.is_gpu)
+        with _shapes(self.device.is_gpu):
+            teacher = _model(self.configs["teacher"], self.dtype)
+            student: Any = _model(self.configs["student"], torch.float32).requires_grad_(True).train()
+            if checkpointing:
+                student.gradient_checkpointing_enable()
+            for parameter in student.parameters():
+                parameter.grad = torch.zeros_like(parameter)
+            with _Trace(length / 2) as trace:
+                with torch.no_grad(), autocast():
+                    hidden = hidden_states(teacher, inputs)
+                head = head_of(teacher)
+                if not self.device.is_gpu:
+                    head = head._replace(weight=head.weight.float())
+                options: dict[str, Any] = {"temperature": 1.0, "divergence": "forward_kl", "beta": None}
+                one = torch.ones(())
+                objective = distillation(pack, hidden, head, (one, one), ce_weight=0, vocab_size=vocab, **options)
+                with autocast():
+                    loss = objective(hidden_states(student, inputs), head_of(student)).loss
+                loss.backward()
+            weights, own = _bytes(teacher) + _bytes(student), _bytes(student)
+        packs = self.epochs * self.workload.rows * self.workload.mean / (count * length)
+        seconds = self._seconds(trace.flops * packs, torch.bfloat16 if self.device.is_gpu else torch.float32)
+        name = f"distil{', gradient_checkpointing' if checkpointing else ''}"
+        return Stage(name, weights, trace.peak - trace.scratch, trace.scratch, seconds, state=3 * own)
+
+    def attention(self) -> Stage:
+        """eval: the attention of every layer on the flagged tokens. On a CPU as on a GPU: the specification, which runs
+        there, reads values, and its scratch is small."""
+        lengths = self.workload.lengths
+        with _shapes(gpu=True), torch.no_grad():
+            model = _model(self.configs["student"], self.dtype)
+            layout = SharedPrefixLayout.from_lengths(lengths)
+            with _Trace(max(lengths) / 2) as trace:
+                recorder = MassRecorder(torch.ones(sum(lengths), dtype=torch.bool))
+                ids = torch.zeros(sum(lengths), dtype=torch.long)
+                model.base_model(**packed_inputs(layout, ids), mass=recorder)
+                torch.stack([layer.mean(0) for layer in recorder.layers]).mean(0)
+            weights = _bytes(model)
+        seconds = self._seconds(2 * trace.flops * self._per_row(sum(lengths)), self.dtype)
+        return Stage("eval, attention", weights, trace.peak - trace.scratch, trace.scratch, seconds)
