@@ -1,6 +1,7 @@
-"""Scoring as whole processes on a CPU: peak memory and time against the released procedure and a naive lean loop.
+"""Scoring on a CPU: peak memory and time against the released procedure and a naive lean loop; memory against length.
 
-    python -m benchmarks.scoring                # 5 interleaved rounds, a few minutes: results/scoring_cpu.json
+    python -m benchmarks.scoring                # 5 interleaved rounds of whole processes: results/scoring_cpu.json
+    python -m benchmarks.scoring --memory       # 1k to 64k tokens, a quarter of an hour: results/scoring_memory.{json,png}
 
 Two random Llamas of 67M and 97M parameters (2 layers, V = 32000, fp32) and four rows of 2400 tokens, of which 400 are the
 response. Every arm is a process of its own that loads the models from disk; memory is its high-water mark (VmHWM) and time
@@ -31,6 +32,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 from benchmarks.timing import RESULTS, environment, write_json
 from leaf.data import Sample
 from leaf.sensitivity import sensitivities
+from leaf_kernels.ops.linear_kl import op as linear_kl
+from leaf_kernels.testing import record_peak_bytes
 
 ROUNDS = 5
 ROWS, PROMPT, RESPONSE, VOCABULARY = 4, 2000, 400, 32000
@@ -148,13 +151,111 @@ def compare() -> dict:
     return {"environment": environment(torch.device("cpu")), "medians": medians, "ratios": ratios, "rounds": rounds}
 
 
+# -- memory against length ---------------------------------------------------------------------------------------------
+
+LENGTHS = tuple(2**n for n in range(10, 17))
+LAYERS, HIDDEN, ANSWER = 4, 64, 128
+RELEASED_UP_TO = 16384  # its logits, their softmax and gradient: 6 GiB
+
+
+def one_row(tokens: int) -> Sample:
+    ids = torch.randint(VOCABULARY, (tokens,), generator=torch.Generator().manual_seed(0)).tolist()
+    prompt = tokens - ANSWER
+    scored, offsets = [i < prompt for i in range(tokens)], [(i, i + 1) for i in range(tokens)]
+    return Sample("0", "instruction", 0, "x" * tokens, prompt, ids, offsets, prompt, scored)
+
+
+def peak_of(arm: Callable[[PreTrainedModel, Sample], object], tokens: int, layers: int = LAYERS) -> int:
+    """Most bytes of live tensors while one row is scored; weights and the gradients that stay on them are not counted."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=HIDDEN,
+        intermediate_size=3 * HIDDEN,
+        num_hidden_layers=layers,
+        num_attention_heads=1,
+        max_position_embeddings=LENGTHS[-1],
+    )
+    model = AutoModelForCausalLM.from_config(config).eval()
+    row, own = one_row(tokens), linear_kl._topk
+    linear_kl._topk = linear_kl.topk  # the recorder does not see inside an operator
+    try:
+        with record_peak_bytes() as peak:
+            arm(model, row)
+    finally:
+        linear_kl._topk = own
+    return peak[0]
+
+
+def score_released(model: PreTrainedModel, row: Sample) -> None:
+    input_ids = torch.tensor([row.input_ids])
+    labels = input_ids.clone()
+    labels[:, : row.response_start] = -100
+    embeddings = model.get_input_embeddings()(input_ids)
+    embeddings.retain_grad()
+    model(inputs_embeds=embeddings, labels=labels, use_cache=False).loss.backward()
+    embeddings.grad[0].norm(dim=-1)
+
+
+def score_ours(model: PreTrainedModel, row: Sample) -> None:
+    list(sensitivities(model, [row], max_tokens=1, activation_checkpointing=True))
+
+
+def memory() -> dict:
+    rows = []
+    for tokens in LENGTHS:
+        start = time.perf_counter()
+        row = {"tokens": tokens, "ours": peak_of(score_ours, tokens), "seconds": time.perf_counter() - start}
+        if tokens <= RELEASED_UP_TO:
+            row["released"] = peak_of(score_released, tokens)
+        rows.append(row)
+        print(row, file=sys.stderr)
+    checkpoints = (LAYERS - 1) * HIDDEN * 4  # bytes per token; the last layer has none
+    slope = (rows[-1]["ours"] - rows[-2]["ours"]) / (LENGTHS[-1] - LENGTHS[-2])
+    return {
+        "environment": environment(torch.device("cpu")),
+        "model": {"layers": LAYERS, "hidden": HIDDEN, "vocabulary": VOCABULARY, "response": ANSWER},
+        "checkpoint_bytes_per_token": checkpoints,
+        "bytes_per_token": slope,
+        "rows": rows,
+    }
+
+
+def plot_memory(result: dict, path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot as plt
+
+    fig, ax = plt.subplots(figsize=(6, 4), layout="constrained")
+    for arm, style in (("released", "o-"), ("ours", "s-")):
+        rows = [row for row in result["rows"] if arm in row]
+        ax.plot([row["tokens"] for row in rows], [row[arm] / 2**20 for row in rows], style, label=arm)
+    lengths = [row["tokens"] for row in result["rows"]]
+    per_token = result["checkpoint_bytes_per_token"]
+    ax.plot(lengths, [n * per_token / 2**20 for n in lengths], "k--", label="checkpoints alone")
+    ax.set(xscale="log", yscale="log", xlabel="tokens of the row", ylabel="peak beyond the weights, MiB")
+    ax.set_xticks(lengths, [f"{n // 1024}k" for n in lengths])
+    ax.set_title("Scoring one row: {layers} layers of {hidden}, V = {vocabulary}".format(**result["model"]))
+    ax.minorticks_off()
+    ax.grid(alpha=0.3)
+    ax.legend()
+    fig.savefig(path, dpi=150)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--worker", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--memory", action="store_true", help="memory against length")
     arguments = parser.parse_args()
     if arguments.worker:
         arm, folder, result = arguments.worker
         worker(arm, Path(folder), Path(result))
+        return
+    if arguments.memory:
+        result = memory()
+        write_json(RESULTS / "scoring_memory.json", result)
+        plot_memory(result, RESULTS / "scoring_memory.png")
         return
     result = compare()
     write_json(RESULTS / "scoring_cpu.json", result)

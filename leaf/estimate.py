@@ -6,36 +6,30 @@ are alive at one time are counted. Time is rough: products of matrices over the 
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
-from unittest import mock
 
 import torch
 from rich import box
 from rich.table import Table as Grid
-from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedConfig, PreTrainedModel
-from transformers.initialization import no_init_weights
+from transformers import AutoConfig, DynamicCache, PreTrainedConfig
 
-from leaf_kernels import SharedPrefixLayout, pruned_attention
-from leaf_kernels.integrations.transformers import NAME, MassRecorder, check_model, packed_inputs, register
-from leaf_kernels.testing import AllocationRecorder, gpu_shapes
+from leaf_kernels import SharedPrefixLayout
+from leaf_kernels.integrations.transformers import MassRecorder, check_model, packed_inputs, register
 
-from . import sensitivity
 from .config import RunConfig, did_you_mean
 from .data import Sample
 from .objective import distillation, head_of, hidden_states
-from .pack import Collator
+from .pack import Collator, Group
 from .sensitivity import Scorer, batches
+from .trace import Trace, fake_model, planned, shapes_only, weight_bytes
 
 GIB = 2**30
 USABLE = 0.92  # of a device's memory: the rest is the context's, the libraries' and what the allocator cannot use
-PRODUCTS = {getattr(torch.ops.aten, name) for name in ("mm", "addmm", "bmm", "baddbmm", "_grouped_mm")}
 PLAIN_ROWS = 1000  # that times are given for, where no data says how many there are
 
 
@@ -166,95 +160,6 @@ def read_config(name: str) -> PreTrainedConfig:
     return config
 
 
-# -- tracing -----------------------------------------------------------------------------------------------------------
-
-
-class _Trace(AllocationRecorder):
-    """Also counts floating-point operations, and knows how much of the peak an op's scratch is.
-
-    keys: that a query sees on average; attention is an op of many names, which are counted by the size of their queries.
-    """
-
-    def __init__(self, keys: float) -> None:
-        super().__init__()
-        self.keys, self.flops, self.scratch = keys, 0.0, 0
-        self._entry: int | None = None  # bytes alive when an op of ours began
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        outermost = self._entry is None and func.namespace == "leaf_kernels"
-        if outermost:
-            self._entry = self.live
-        try:
-            result = super().__torch_dispatch__(func, types, args, kwargs)
-        finally:
-            if outermost:
-                self._entry = None
-        if func._overloadpacket in PRODUCTS:
-            *_, a, b = (x for x in args if isinstance(x, torch.Tensor))
-            self.flops += 2 * a.numel() * b.shape[-1]
-        elif "attention" in func.name():
-            products = 5 if "backward" in func.name() else 2
-            self.flops += 2 * products * args[0].numel() * self.keys
-        return result
-
-    def _created(self, storage: torch.UntypedStorage) -> None:
-        peak = self.peak
-        super()._created(storage)
-        if self.peak > peak:
-            self.scratch = 0 if self._entry is None else self.live - self._entry
-
-
-@contextlib.contextmanager
-def _shapes(gpu: bool) -> Iterator[None]:
-    """Inside, tensors are fake and the code of the stages runs on them, on the CPU; what must see values is left out."""
-
-    def layout(make: Callable[..., SharedPrefixLayout], lengths: Sequence[int]) -> SharedPrefixLayout:
-        with unset_fake_temporarily():
-            return _planned(make(lengths))
-
-    def have_mlps(model: PreTrainedModel, layers: Sequence[Any]) -> bool:
-        return bool(layers) and all(isinstance(getattr(layer, "mlp", None), torch.nn.Module) for layer in layers)
-
-    with contextlib.ExitStack() as stack:
-        if gpu:
-            stack.enter_context(gpu_shapes())
-            stack.enter_context(mock.patch.dict(sensitivity.TILE_ROWS, cpu=sensitivity.TILE_ROWS["cuda"]))
-        from_lengths = functools.partial(layout, SharedPrefixLayout.from_lengths)
-        stack.enter_context(mock.patch.object(SharedPrefixLayout, "from_lengths", from_lengths))
-        stack.enter_context(mock.patch.object(sensitivity, "check_head"))
-        stack.enter_context(mock.patch.object(sensitivity, "_mlps_are_row_wise", have_mlps))
-        stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
-        yield
-
-
-def _planned(layout: SharedPrefixLayout) -> SharedPrefixLayout:
-    """With the plan of its attention, for which values are read; it is kept in the layout."""
-    q = torch.zeros(layout.num_tokens, 1, 1)
-    pruned_attention(q, q, q, layout)
-    return layout
-
-
-def _model(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    try:
-        with no_init_weights():
-            model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=NAME)
-    except ValueError as error:
-        raise ValueError(f"{config.model_type} is not a causal language model that transformers knows: {error}") from error
-    return model.requires_grad_(False).eval()
-
-
-def _bytes(model: PreTrainedModel) -> int:
-    tensors = {t.untyped_storage()._cdata: t.nbytes for t in (*model.parameters(), *model.buffers())}
-    return sum(tensors.values())
-
-
-def _sample(length: int, vocab: int, n: int = 0) -> Sample:
-    """Half prompt, half response."""
-    half = max(1, length // 2)
-    ids = [(n + i) % vocab for i in range(length)]
-    return Sample(str(n), "instruction", 0, "", 0, ids, [], half, [i < half for i in range(length)])
-
-
 # -- the stages --------------------------------------------------------------------------------------------------------
 
 
@@ -307,10 +212,10 @@ class Estimator:
         longest = max(self.workload.lengths)
         width, new = longest + self.max_new_tokens, self.max_new_tokens
         batch = max(1, self.max_tokens // width)
-        with _shapes(self.device.is_gpu), torch.no_grad():
-            model: Any = _model(self.configs[role], self.dtype)
+        with shapes_only(self.device.is_gpu), torch.no_grad():
+            model: Any = fake_model(self.configs[role], self.dtype)
             model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")
-            weights, cache = _bytes(model), DynamicCache(config=model.config)
+            weights, cache = weight_bytes(model), DynamicCache(config=model.config)
 
             def step(tokens: int, past: int) -> None:
                 # Left-padded prompts need a mask; a lone one needs none
@@ -320,7 +225,7 @@ class Estimator:
                 options = {"attention_mask": mask, "position_ids": positions, "past_key_values": cache}
                 model(ids, use_cache=True, logits_to_keep=1, **options).logits[:, -1].float()
 
-            with _Trace(longest / 2) as trace:
+            with Trace(longest / 2) as trace:
                 step(longest, 0)
                 peak, prefill = trace.peak, trace.flops
                 if new > 2:
@@ -337,17 +242,17 @@ class Estimator:
     def scoring(self, role: str) -> Stage:
         """A pack through `leaf.sensitivity`, with checkpoints where it would choose them."""
         lengths = self.workload.lengths
-        with _shapes(self.device.is_gpu):
-            model = _model(self.configs[role], self.dtype)
+        with shapes_only(self.device.is_gpu):
+            model = fake_model(self.configs[role], self.dtype)
             vocab = model.get_input_embeddings().num_embeddings  # type: ignore[union-attr]
-            batch = [_sample(n, int(vocab), i) for i, n in enumerate(lengths)]
+            batch = [half_response(n, int(vocab), i) for i, n in enumerate(lengths)]
             scorer = Scorer(model)
             checkpoints = sum(lengths) > scorer.keeps
             if checkpoints:
                 scorer._checkpoint(offload=False)
-            with _Trace(max(lengths) / 2) as trace:
+            with Trace(max(lengths) / 2) as trace:
                 scorer._gradient(batch, in_tiles=checkpoints)
-            weights = _bytes(model)
+            weights = weight_bytes(model)
         low, high = self._seconds(trace.flops * self._per_row(sum(lengths)), self.dtype)
         name = f"score, {role}{', checkpoints' if checkpoints else ''}"
         return Stage(name, weights, trace.peak - trace.scratch, trace.scratch, (low, high))
@@ -357,32 +262,19 @@ class Estimator:
         length = max(max(self.workload.lengths), 4)
         count = max(1, self.max_tokens // (length + length // 2))
         vocab = min(config.get_text_config().vocab_size for config in self.configs.values())
-        items = [_sample(length, vocab, n) for n in range(count)]
-        groups = [
-            {
-                "id": item.id,
-                "original": {"input_ids": item.input_ids, "response_start": item.response_start},
-                "counterfactuals": [
-                    {
-                        "input_ids": item.input_ids[: length // 2 - 1] + item.input_ids[length // 2 :],
-                        "response_start": item.response_start - 1,
-                    }
-                ],
-            }
-            for item in items
-        ]
+        groups = counterfactual_groups(length, vocab, count)
         pack: Any = Collator(10**12)(groups)["packs"][0]  # type: ignore[arg-type]
-        _planned(pack["layout"])
+        planned(pack["layout"])
         inputs = {name: pack[name] for name in ("input_ids", "position_ids", "layout")}
         autocast = functools.partial(torch.autocast, "cpu", torch.bfloat16, enabled=self.device.is_gpu)
-        with _shapes(self.device.is_gpu):
-            teacher = _model(self.configs["teacher"], self.dtype)
-            student: Any = _model(self.configs["student"], torch.float32).requires_grad_(True).train()
+        with shapes_only(self.device.is_gpu):
+            teacher = fake_model(self.configs["teacher"], self.dtype)
+            student: Any = fake_model(self.configs["student"], torch.float32).requires_grad_(True).train()
             if checkpointing:
-                student.gradient_checkpointing_enable()
+                student.activation_checkpointing_enable()
             for parameter in student.parameters():
                 parameter.grad = torch.zeros_like(parameter)
-            with _Trace(length / 2) as trace:
+            with Trace(length / 2) as trace:
                 with torch.no_grad(), autocast():
                     hidden = hidden_states(teacher, inputs)
                 head = head_of(teacher)
@@ -394,7 +286,7 @@ class Estimator:
                 with autocast():
                     loss = objective(hidden_states(student, inputs), head_of(student)).loss
                 loss.backward()
-            weights, own = _bytes(teacher) + _bytes(student), _bytes(student)
+            weights, own = weight_bytes(teacher) + weight_bytes(student), weight_bytes(student)
         packs = self.epochs * self.workload.rows * self.workload.mean / (count * length)
         seconds = self._seconds(trace.flops * packs, torch.bfloat16 if self.device.is_gpu else torch.float32)
         name = f"distil{', gradient_checkpointing' if checkpointing else ''}"
@@ -404,14 +296,33 @@ class Estimator:
         """eval: the attention of every layer on the flagged tokens. On a CPU as on a GPU: the specification, which runs
         there, reads values, and its scratch is small."""
         lengths = self.workload.lengths
-        with _shapes(gpu=True), torch.no_grad():
-            model = _model(self.configs["student"], self.dtype)
+        with shapes_only(gpu=True), torch.no_grad():
+            model = fake_model(self.configs["student"], self.dtype)
             layout = SharedPrefixLayout.from_lengths(lengths)
-            with _Trace(max(lengths) / 2) as trace:
+            with Trace(max(lengths) / 2) as trace:
                 recorder = MassRecorder(torch.ones(sum(lengths), dtype=torch.bool))
                 ids = torch.zeros(sum(lengths), dtype=torch.long)
                 model.base_model(**packed_inputs(layout, ids), mass=recorder)
                 torch.stack([layer.mean(0) for layer in recorder.layers]).mean(0)
-            weights = _bytes(model)
+            weights = weight_bytes(model)
         seconds = self._seconds(2 * trace.flops * self._per_row(sum(lengths)), self.dtype)
         return Stage("eval, attention", weights, trace.peak - trace.scratch, trace.scratch, seconds)
+
+
+def half_response(length: int, vocab: int, n: int = 0) -> Sample:
+    """A row of a length: half prompt, half response."""
+    half = max(1, length // 2)
+    ids = [(n + i) % vocab for i in range(length)]
+    return Sample(str(n), "instruction", 0, "", 0, ids, [], half, [i < half for i in range(length)])
+
+
+def counterfactual_groups(length: int, vocab: int, count: int) -> list[Group]:
+    """Originals of a length, each with a counterfactual that shares half of it."""
+
+    def group(item: Sample) -> Group:
+        half = item.response_start
+        original = {"input_ids": item.input_ids, "response_start": half}
+        deleted = {"input_ids": item.input_ids[: half - 1] + item.input_ids[half:], "response_start": half - 1}
+        return {"id": item.id, "original": original, "counterfactuals": [deleted]}  # type: ignore[typeddict-item]
+
+    return [group(half_response(length, vocab, n)) for n in range(count)]

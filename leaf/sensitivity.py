@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import itertools
 import logging
@@ -187,6 +188,7 @@ class Scorer:
             loss, per_token = linear_cross_entropy(
                 hidden, head.weight, labels, token_weight=token_weight, rows=response_rows.to(far), **_options(head)
             )
+            _return_freed_memory(near)
             (gradient,) = torch.autograd.grad(loss, embeddings)
         return _Gradient(gradient, per_token * token_weight, hidden.detach(), labels, layout)
 
@@ -204,6 +206,7 @@ class Scorer:
                     hidden, head.weight, labels, rows=prompt_rows.to(labels.device), **_options(head)
                 )[1]
             nll = nll.roll(1).cpu()  # from the predicting row to the predicted token
+        _return_freed_memory(gradient.device)
         losses = torch.stack([x.sum() for x in weighted.split(lengths)]).tolist()
         norm = norm.cpu()
         for i, (start, length) in enumerate(zip(starts, lengths)):
@@ -234,6 +237,13 @@ def _few_tokens(model: PreTrainedModel, n: int) -> dict[str, Any]:
     layout = SharedPrefixLayout.from_lengths([n]).to(embeddings.weight.device)
     ids = layout.position_ids[None].long() % embeddings.num_embeddings
     return {"input_ids": ids, "position_ids": layout.position_ids[None], "layout": layout}
+
+
+def _return_freed_memory(device: torch.device) -> None:
+    """glibc keeps freed blocks of up to 32 MiB, which are most tensors on a CPU, in a heap with holes: 100 MiB and more
+    that the larger blocks of a backward cannot use. GPUs have torch's own allocator."""
+    if device.type == "cpu" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):
+        trim(0)
 
 
 # -- MLPs on some rows at a time ---------------------------------------------------------------------------------------
