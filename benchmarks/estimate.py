@@ -45,7 +45,7 @@ class Case(NamedTuple):
     student: PreTrainedConfig
     length: int
     max_tokens: int
-    max_new_tokens: int = 64
+    max_new_tokens: int = 16
     checkpointing: bool = False
 
 
@@ -63,21 +63,15 @@ def qwen(hidden: int, layers: int, heads: int) -> Qwen2Config:
 
 SMALL = llama(768, 4, 12, 12)
 CASES = {
-    "score, Llama 1024 x 4, 2 rows of 2048": Case("scoring", llama(1024, 4, 16, 8), SMALL, 2048, 4096),
-    "score, Llama 2048 x 4, a row of 2048": Case("scoring", llama(2048, 4, 16, 16), SMALL, 2048, 2048),
-    "score, Llama 1024 x 8, a row of 8192": Case("scoring", llama(1024, 8, 16, 4), SMALL, 8192, 8192),
-    "score, Qwen2 1024 x 6, a row of 4096": Case("scoring", qwen(1024, 6, 16), SMALL, 4096, 4096),
-    "distil, Llama 1024 x 4 to 768 x 4, 1 group of 1024": Case(
-        "distillation", llama(1024, 4, 16, 8), SMALL, 1024, 1536
+    "score, Llama 2048 x 4, a row of 1024": Case("scoring", llama(2048, 4, 16, 16), SMALL, 1024, 1024),
+    "score, Llama 1024 x 8, a row of 4096": Case("scoring", llama(1024, 8, 16, 4), SMALL, 4096, 4096),
+    "score, Qwen2 1024 x 4, 4 rows of 1024": Case("scoring", qwen(1024, 4, 16), SMALL, 1024, 4096),
+    "distil, Llama 1024 x 4 to 768 x 4, a group of 512": Case("distillation", llama(1024, 4, 16, 8), SMALL, 512, 768),
+    "distil with checkpoints, Qwen2 768 x 4 to Llama 768 x 4": Case(
+        "distillation", qwen(768, 4, 12), SMALL, 512, 768, checkpointing=True
     ),
-    "the same, gradient_checkpointing": Case(
-        "distillation", llama(1024, 4, 16, 8), SMALL, 1024, 1536, checkpointing=True
-    ),
-    "distil, Qwen2 768 x 4 to Llama 512 x 4, 2 groups of 1024": Case(
-        "distillation", qwen(768, 4, 12), llama(512, 4, 8, 8), 1024, 3072
-    ),
-    "generate, Llama 1024 x 8, 4 prompts of 1984": Case("generation", llama(1024, 8, 16, 16), SMALL, 1984, 8192),
-    "generate, Llama 2048 x 4, a prompt of 4032": Case("generation", llama(2048, 4, 16, 16), SMALL, 4032, 4096),
+    "generate, Llama 1024 x 8, 4 prompts of 1008": Case("generation", llama(1024, 8, 16, 16), SMALL, 1008, 4096),
+    "generate, Llama 2048 x 4, a prompt of 2032": Case("generation", llama(2048, 4, 16, 16), SMALL, 2032, 2048),
 }
 
 

@@ -6,6 +6,7 @@ are alive at one time are counted. Time is rough: products of matrices over the 
 
 from __future__ import annotations
 
+import collections
 import functools
 import os
 import time
@@ -15,14 +16,16 @@ from typing import Any, NamedTuple
 
 import torch
 from rich import box
+from rich.console import Console
 from rich.table import Table as Grid
+from rich.text import Text
 from transformers import AutoConfig, DynamicCache, PreTrainedConfig
 
 from leaf_kernels import SharedPrefixLayout
 from leaf_kernels.integrations.transformers import MassRecorder, check_model, packed_inputs, register
 
 from .config import RunConfig, did_you_mean
-from .data import Sample
+from .data import Sample, Skip
 from .objective import distillation, head_of, hidden_states
 from .pack import Collator, Group
 from .sensitivity import Scorer, batches
@@ -41,6 +44,9 @@ class Device(NamedTuple):
     flops: dict[int, float]  # per second, by the size of an element
     bandwidth: float  # bytes per second
     shares: tuple[float, float]  # of these rates that models reach, at worst and at best
+
+    def holds(self, peak: int) -> bool:
+        return peak <= USABLE * self.memory
 
     @property
     def is_gpu(self) -> bool:
@@ -258,7 +264,7 @@ class Estimator:
         return Stage(name, weights, trace.peak - trace.scratch, trace.scratch, (low, high))
 
     def distillation(self, checkpointing: bool) -> Stage:
-        """A pack of originals, each with a counterfactual that shares half of it, where gradients and AdamW exist already."""
+        """A pack of originals, each with a counterfactual that shares half of it; gradients and AdamW exist already."""
         length = max(max(self.workload.lengths), 4)
         count = max(1, self.max_tokens // (length + length // 2))
         vocab = min(config.get_text_config().vocab_size for config in self.configs.values())
@@ -307,6 +313,86 @@ class Estimator:
             weights = weight_bytes(model)
         seconds = self._seconds(2 * trace.flops * self._per_row(sum(lengths)), self.dtype)
         return Stage("eval, attention", weights, trace.peak - trace.scratch, trace.scratch, seconds)
+
+
+# -- the command -------------------------------------------------------------------------------------------------------
+
+
+def estimator_of(config: RunConfig, workload: Workload | None = None) -> Estimator:
+    """Of the pair that `config` names, on its device. Default workload: packs of rows of `max_length` tokens.
+
+    Raises:
+        ValueError: no pair, a config that is not there or whose architecture is not known, an unknown device.
+    """
+    names = {role: getattr(config, role) for role in ("teacher", "student")}
+    configs = {
+        role: read_config(name if name and os.path.isfile(name) else config.named(role)) for role, name in names.items()
+    }
+    wanted = None if config.dtype == "auto" else getattr(torch, config.dtype)
+    device = device_named(config.device, wanted)
+    return Estimator(
+        **configs,
+        workload=workload or Workload.plain(config.max_length, config.max_tokens),
+        device=device,
+        dtype=wanted or (torch.bfloat16 if device.is_gpu else torch.float32),
+        max_tokens=config.max_tokens,
+        max_new_tokens=config.max_new_tokens,
+        epochs=float(config.training["num_train_epochs"]),
+    )
+
+
+def report(estimator: Estimator, stages: Sequence[Stage], console: Console) -> None:
+    """Prints a table of the stages, and what to change where one does not fit."""
+    device, work = estimator.device, estimator.workload
+    title = (
+        f"{device.name}, {device.memory / GIB:.0f} GiB; frozen models in {str(estimator.dtype).removeprefix('torch.')}; "
+        f"{len(work.lengths)} rows of {max(work.lengths)} tokens in a pack; memory in GiB, time for {work.rows} rows"
+    )
+    sizes = ("weights", "state", "activations", "scratch", "peak")
+    grid = Grid("stage", *sizes, "time", "fits", title=title, box=box.SIMPLE, title_justify="left", title_style="bold")
+    for stage in stages:
+        numbers = [f"{getattr(stage, name) / GIB:.2f}" for name in sizes]
+        grid.add_row(stage.name, *numbers, _range(stage.seconds), "yes" if device.holds(stage.peak) else "no")
+    console.print(grid)
+    console.print(
+        "state: gradients and AdamW. activations: checkpoints and KV cache too. Memory is what tensors take; the rest of a "
+        f"process (imports, contexts) is {1 - USABLE:.0%} of the device here. Times are rough: no GPU has confirmed them."
+    )
+    for stage in stages:
+        if not device.holds(stage.peak):
+            console.print(f"{stage.name} does not fit: {_remedy(stage, device)}")
+
+
+def _range(seconds: tuple[float, float]) -> str:
+    size, unit = next(((s, u) for s, u in ((3600, "h"), (60, "min")) if seconds[0] >= s), (1, "s"))
+    return " to ".join(f"{x / size:.2g}" if x < 100 * size else f"{x / size:.0f}" for x in seconds) + f" {unit}"
+
+
+def _remedy(stage: Stage, device: Device) -> str:
+    if not device.holds(stage.weights + stage.state):
+        held = "weights, gradients and AdamW" if stage.state else "weights"
+        return f"{held} alone do not; take a larger device, smaller models" + (
+            "" if stage.state else " or --dtype bfloat16"
+        )
+    if stage.name == "distil":
+        return "set gradient_checkpointing: true under `training:`, or lower --max-tokens"
+    return "lower --max-tokens, then --max-length" + (" or --max-new-tokens" if stage.name.startswith("gen") else "")
+
+
+def count(units: Sequence[Sample | Skip], max_tokens: int, console: Console) -> list[Sample]:
+    """Prints what rows became, and returns the samples."""
+    samples = [unit for unit in units if isinstance(unit, Sample)]
+    grid = Grid("", "", show_header=False, box=box.SIMPLE)
+    grid.add_row("samples", str(len(samples)))
+    for reason, n in collections.Counter(unit.reason for unit in units if isinstance(unit, Skip)).items():
+        grid.add_row(f"skipped: {reason}", str(n))
+    if samples:
+        longest = max(samples, key=lambda sample: len(sample.input_ids))
+        grid.add_row("tokens", f"{sum(len(sample.input_ids) for sample in samples)}")
+        grid.add_row("packs", f"{sum(1 for _ in batches(samples, max_tokens))} of up to {max_tokens} tokens")
+        grid.add_row("longest sample", Text(f"{longest.id}, {len(longest.input_ids)} tokens"))
+    console.print(grid)
+    return samples
 
 
 def half_response(length: int, vocab: int, n: int = 0) -> Sample:

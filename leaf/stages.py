@@ -8,8 +8,8 @@ import functools
 import itertools
 import json
 import pathlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import torch
@@ -28,6 +28,9 @@ from .sensitivity import Scorer, Sensitivity, batches
 from .tables import Table, digest, model_key, open_table
 from .verify import ROLES, answered_rightly
 from .verify import decide as decide_counterfactual
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 _TEXT, _INT, _FLOAT, _BOOL = pa.string(), pa.int64(), pa.float64(), pa.bool_()
 _SPANS, _NUMBERS = pa.list_(pa.list_(pa.int64())), pa.list_(pa.float32())
@@ -66,6 +69,9 @@ EVALUATION = pa.schema(
 )
 
 
+SCORE_REMEDY = "see --max-length and --protect"
+
+
 def select(run: Run) -> Table:
     """The rows that are worth pruning, every other one with its reason."""
     units = list(read(run.config, run.config.data))
@@ -96,14 +102,24 @@ def select(run: Run) -> Table:
     return table
 
 
-def score(run: Run) -> Table:
-    """Both sensitivities and the score of every sample (E1–E3)."""
-    selected = open_table(run.folder / "select")
-    kept = [row for row in (restore_row(row) for row in selected if row["status"] == "ok") if isinstance(row, Row)]
+def encoded(run: Run, rows: Iterable[Row]) -> list[Sample | Skip]:
+    """The samples of rows, at the levels that are scored."""
     both = ("instruction", "response")
     levels = both if run.config.level == "both" else (run.config.level,)
     encode = functools.partial(run.encoder.encode, segments=run.config.segments)
-    units = [unit for row in kept for level in levels for unit in encode(row, level=level)]
+    return [unit for row in rows for level in levels for unit in encode(row, level=level)]
+
+
+def selected_rows(run: Run) -> list[Row]:
+    """What the select stage left."""
+    rows = (restore_row(row) for row in open_table(run.folder / "select") if row["status"] == "ok")
+    return [row for row in rows if isinstance(row, Row)]
+
+
+def score(run: Run) -> Table:
+    """Both sensitivities and the score of every sample (E1–E3)."""
+    kept = selected_rows(run)
+    units = encoded(run, kept)
     samples = [unit for unit in units if isinstance(unit, Sample)]
     rendered = digest([dataclasses.asdict(unit) for unit in units])
     models = run.models()
@@ -135,12 +151,26 @@ def score(run: Run) -> Table:
     key = run.key("score", samples=rendered, teacher=teacher.fingerprint, student=student.fingerprint)
     table = run.table("score", key, SCORES, units, merge)
     usable = {row["id"] for row in table.arrow(["id", "status"]).to_pylist() if row["status"] == "ok"}
-    run.check("score", len(usable), len(kept), skipped=len(kept) - len(usable), remedy="see --max-length and --protect")
+    run.check("score", len(usable), len(kept), skipped=len(kept) - len(usable), remedy=SCORE_REMEDY)
     for role, measured in (("teacher", teacher), ("student", student)):
         if count := measured.counts.get("skipped:oom"):
             again = f"to try them again elsewhere, remove {measured.path}"
             run.ui.say(f"score: {count} samples do not fit into memory with the {role} (skipped: oom); {again}")
     return table
+
+
+def preview_score(run: Run, console: Console) -> None:
+    """What `score` would do, and what it would take; writes nothing."""
+    from .estimate import Workload, count, estimator_of, report
+
+    kept = selected_rows(run)
+    units = encoded(run, kept)
+    samples = count(units, run.config.max_tokens, console)
+    usable = len({sample.id for sample in samples})
+    counts = collections.Counter(f"skipped:{unit.reason}" if isinstance(unit, Skip) else "ok" for unit in units)
+    run.check("score", usable, len(kept), skipped=len(kept) - usable, remedy=SCORE_REMEDY, counts=counts)
+    estimator = estimator_of(run.config, Workload.of(samples, run.config.max_tokens))
+    report(estimator, [estimator.scoring(role) for role in ("teacher", "student")], console)
 
 
 def prune(run: Run) -> Table:
