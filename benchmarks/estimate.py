@@ -45,7 +45,7 @@ class Case(NamedTuple):
     student: PreTrainedConfig
     length: int
     max_tokens: int
-    max_new_tokens: int = 16
+    max_new_tokens: int = 8
     checkpointing: bool = False
 
 
@@ -55,23 +55,26 @@ def llama(hidden: int, layers: int, heads: int, key_heads: int, vocabulary: int 
     return LlamaConfig(vocab_size=vocabulary, **sizes, **kinds)
 
 
-def qwen(hidden: int, layers: int, heads: int) -> Qwen2Config:
+def qwen(hidden: int, layers: int, heads: int, vocabulary: int) -> Qwen2Config:
     sizes = {"hidden_size": hidden, "intermediate_size": hidden * 4, "num_hidden_layers": layers}
     kinds = {"num_attention_heads": heads, "num_key_value_heads": 2, "tie_word_embeddings": True}
-    return Qwen2Config(vocab_size=VOCABULARY, **sizes, **kinds)
+    return Qwen2Config(vocab_size=vocabulary, **sizes, **kinds)
 
 
-SMALL = llama(768, 4, 12, 12)
+SMALL = llama(512, 2, 8, 8, 64000)
 CASES = {
-    "score, Llama 2048 x 4, a row of 1024": Case("scoring", llama(2048, 4, 16, 16), SMALL, 1024, 1024),
-    "score, Llama 1024 x 8, a row of 4096": Case("scoring", llama(1024, 8, 16, 4), SMALL, 4096, 4096),
-    "score, Qwen2 1024 x 4, 4 rows of 1024": Case("scoring", qwen(1024, 4, 16), SMALL, 1024, 4096),
-    "distil, Llama 1024 x 4 to 768 x 4, a group of 512": Case("distillation", llama(1024, 4, 16, 8), SMALL, 512, 768),
-    "distil with checkpoints, Qwen2 768 x 4 to Llama 768 x 4": Case(
-        "distillation", qwen(768, 4, 12), SMALL, 512, 768, checkpointing=True
+    "distil, Llama 1024 x 2 to 512 x 2, a group of 512": Case(
+        "distillation", llama(1024, 2, 16, 8, 64000), SMALL, 512, 768
     ),
-    "generate, Llama 1024 x 8, 4 prompts of 1008": Case("generation", llama(1024, 8, 16, 16), SMALL, 1008, 4096),
-    "generate, Llama 2048 x 4, a prompt of 2032": Case("generation", llama(2048, 4, 16, 16), SMALL, 2032, 2048),
+    "distil with checkpoints, Qwen2 768 x 2 to Llama 512 x 2": Case(
+        "distillation", qwen(768, 2, 12, 64000), SMALL, 512, 768, checkpointing=True
+    ),
+    "generate, Llama 2048 x 2, 2 prompts of 1016": Case("generation", llama(2048, 2, 16, 16), SMALL, 1016, 2048),
+    "generate, Qwen2 1024 x 2, 4 prompts of 504": Case("generation", qwen(1024, 2, 16, 151936), SMALL, 504, 2048),
+    "score, Llama 2048 x 4, a row of 1024": Case("scoring", llama(2048, 4, 16, 16), SMALL, 1024, 1024),
+    "score, Llama 1024 x 2, 2 rows of 1024": Case("scoring", llama(1024, 2, 16, 4, 128000), SMALL, 1024, 2048),
+    "score, Qwen2 1024 x 4, 4 rows of 512": Case("scoring", qwen(1024, 4, 16, 151936), SMALL, 512, 2048),
+    "score, Llama 1024 x 2, a row of 8192": Case("scoring", llama(1024, 2, 16, 4), SMALL, 8192, 8192),
 }
 
 

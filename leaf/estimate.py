@@ -10,6 +10,7 @@ import collections
 import functools
 import os
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -155,9 +156,9 @@ def read_config(name: str) -> PreTrainedConfig:
     """
     try:
         config = AutoConfig.from_pretrained(name)
-    except (OSError, KeyError) as error:
+    except (OSError, KeyError, ValueError) as error:
         raise ValueError(
-            f"{name}: no config of a model: give a folder with a config.json, that file, or a hub id ({error})"
+            f"{name}: no config that transformers knows: give a folder with a config.json, that file, or a hub id ({error})"
         ) from error
     check_model(config)
     for option in ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob"):
@@ -229,7 +230,9 @@ class Estimator:
                 ids = torch.zeros(batch, tokens, dtype=torch.long)
                 positions = torch.arange(past, past + tokens)[None]
                 options = {"attention_mask": mask, "position_ids": positions, "past_key_values": cache}
-                model(ids, use_cache=True, logits_to_keep=1, **options).logits[:, -1].float()
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore", FutureWarning)  # transformers is renaming past_key_values
+                    model(ids, use_cache=True, logits_to_keep=1, **options).logits[:, -1].float()
 
             with Trace(longest / 2) as trace:
                 step(longest, 0)
@@ -292,11 +295,12 @@ class Estimator:
                 with autocast():
                     loss = objective(hidden_states(student, inputs), head_of(student)).loss
                 loss.backward()
-            weights, own = weight_bytes(teacher) + weight_bytes(student), weight_bytes(student)
+            weights = weight_bytes(teacher) + weight_bytes(student)
+            state = 3 * sum(parameter.nbytes for parameter in student.parameters())
         packs = self.epochs * self.workload.rows * self.workload.mean / (count * length)
         seconds = self._seconds(trace.flops * packs, torch.bfloat16 if self.device.is_gpu else torch.float32)
         name = f"distil{', gradient_checkpointing' if checkpointing else ''}"
-        return Stage(name, weights, trace.peak - trace.scratch, trace.scratch, seconds, state=3 * own)
+        return Stage(name, weights, trace.peak - trace.scratch, trace.scratch, seconds, state=state)
 
     def attention(self) -> Stage:
         """eval: the attention of every layer on the flagged tokens. On a CPU as on a GPU: the specification, which runs

@@ -95,6 +95,7 @@ def fake_model(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
         raise ValueError(
             f"{config.model_type} is not a causal language model that transformers knows: {error}"
         ) from error
+    model.tie_weights()  # left out with the initialisation
     return model.requires_grad_(False).eval()
 
 
