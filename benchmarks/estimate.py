@@ -2,8 +2,9 @@
 
     python -m benchmarks.estimate               # a few minutes: results/estimate_cpu.json
 
-Measured: the process's high-water mark (VmHWM) above what it held after its imports. The prediction must be within 15 % of
-it. glibc is told to give blocks back that are freed, as `leaf` tells it; weights are made in memory, not mapped from a file.
+Measured: the high-water mark of the process (VmHWM), from its models on, above what it held after its imports. The
+prediction must be within 15 % of it. glibc is told to give blocks back that are freed, as `leaf` tells it; weights are made
+in memory, not mapped from a file.
 """
 
 from __future__ import annotations
@@ -86,7 +87,10 @@ def predict(case: Case) -> Stage:
 
 
 def made(config: PreTrainedConfig) -> PreTrainedModel:
-    return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    """A random model. The high-water mark starts again: a tied head exists twice until it is tied, which loading avoids."""
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    Path("/proc/self/clear_refs").write_text("5")
+    return model
 
 
 def scoring(case: Case) -> None:
