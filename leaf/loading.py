@@ -125,7 +125,7 @@ def _load_sharded(load: Callable[[], Any], device: torch.device) -> PreTrainedMo
 
     _join(device)
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-    model = None
+    model: Any = None
     for turn in range(int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size()))):
         if turn == int(os.environ["LOCAL_RANK"]):
             model = _shard(load(), mesh, device)

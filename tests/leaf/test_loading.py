@@ -59,7 +59,7 @@ def test_layers_can_be_offloaded(tmp_path: pathlib.Path, checkpointing: bool | N
 def test_an_offloaded_head_or_embedding_is_refused(tmp_path: pathlib.Path, part: str, name: str) -> None:
     where = {**WHOLE, "lm_head": "cpu", part: "disk"}
     offloaded = dispatch_model(model(), where, offload_dir=str(tmp_path))
-    with pytest.raises(ValueError, match=f"{name} of LlamaForCausalLM is offloaded .* --teacher-quantization"):
+    with pytest.raises(ValueError, match=f"{name} of LlamaForCausalLM is offloaded .*--teacher-quantization"):
         Scorer(offloaded)
 
 
