@@ -170,8 +170,9 @@ class Run:
         Collective: the prompts are dealt to the ranks, and every rank gets all responses.
         """
         options: dict[str, Any] = {"max_new_tokens": self.config.max_new_tokens, "stop": self.encoder.end_of_turn_id}
-        key: dict[str, Any] = {"leaf": __version__, "model": model_key(model), "engine": self.config.engine, "dtype": self.dtype}
-        key |= {"quantization": self.quantization(model), "tokenizer": self.encoder.fingerprint["tokenizer"], **options}
+        key: dict[str, Any] = {"leaf": __version__, "model": model_key(model), "engine": self.config.engine}
+        key |= {"dtype": self.dtype, "quantization": self.quantization(model)}
+        key |= {"tokenizer": self.encoder.fingerprint["tokenizer"], **options}
         known = Responses(self.folder / "responses" / digest(key), self.rank)
         # By length, so that every rank gets its share of the long ones; of all, as a rank may know more than another.
         distinct = sorted(dict.fromkeys(prompts), key=len)
