@@ -81,7 +81,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return arguments.command(arguments)
     except expected as error:
-        hint = " (`pip install 'leaf-kernels[distill]'` installs it)" if isinstance(error, ImportError) else ""
+        missing = isinstance(error, ModuleNotFoundError)
+        hint = " (`pip install 'leaf-kernels[distill]'` installs it)" if missing else ""
         print(f"leaf {arguments.name}: {' '.join(str(error).split())}{hint}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -18,13 +18,14 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import pyarrow as pa
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel
 
 from . import __version__, graders
 from .cache import Responses
 from .config import STAGES, RunConfig
 from .data import Encoder, Row, Skip, check_pair, read_rows
 from .generate import check_vllm, free_memory, generate, load_vllm
+from .loading import check_loading, load_model, most
 from .tables import Table, digest, is_current, model_key, open_table, write_table
 
 if TYPE_CHECKING:
@@ -114,20 +115,35 @@ class Run:
     def encoder(self) -> Encoder:
         return make_encoder(self.config)
 
-    def load(self, name: str, dtype: torch.dtype | None = None) -> PreTrainedModel:
-        """A model on the device, by default in `--dtype`. One model is resident at a time: the one before is freed.
+    def load(
+        self, name: str, dtype: torch.dtype | None = None, *, spread: bool = True, shard: bool = False
+    ) -> PreTrainedModel:
+        """A model, by default in `--dtype`; the teacher quantized, where that is asked for. See `load_model`.
 
-        Attention dropout is set to 0: packed attention has none.
+        One model is resident at a time: the one before is freed.
+
+        Args:
+            spread: over the GPUs, where `--device-map` asks for it; a model to train, or to train with, is on one.
+            shard: over the ranks, all of which call this.
         """
         free_memory()
-        config = AutoConfig.from_pretrained(name)
-        for option in ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob"):
-            if getattr(config.get_text_config(), option, None):
-                self.ui.say(f"{name}: {option} is set to 0")
-                setattr(config.get_text_config(), option, 0.0)
-        dtype = dtype or getattr(torch, self.dtype)
-        model: Any = AutoModelForCausalLM.from_pretrained(name, config=config, dtype=dtype)
-        return model.to(device_of(self.config))
+        return load_model(
+            name,
+            dtype or getattr(torch, self.dtype),
+            device_of(self.config),
+            self.ui.say,
+            device_map=self.config.device_map if spread else None,
+            quantization=self.quantization(name),
+            shard=shard,
+        )
+
+    def quantization(self, name: str) -> str | None:
+        """What a model is quantized to: only the teacher ever is."""
+        return self.config.teacher_quantization if name == self.config.teacher else None
+
+    def most(self, n: int) -> int:
+        """The largest of the ranks' numbers. Collective."""
+        return most(n, device_of(self.config))
 
     @property
     def dtype(self) -> str:
@@ -154,7 +170,8 @@ class Run:
         Collective: the prompts are dealt to the ranks, and every rank gets all responses.
         """
         options: dict[str, Any] = {"max_new_tokens": self.config.max_new_tokens, "stop": self.encoder.end_of_turn_id}
-        key = {"leaf": __version__, "model": model_key(model), "engine": self.config.engine, "dtype": self.dtype}
+        key: dict[str, Any] = {"leaf": __version__, "model": model_key(model), "engine": self.config.engine}
+        key |= {"dtype": self.dtype, "quantization": self.quantization(model)}
         key |= {"tokenizer": self.encoder.fingerprint["tokenizer"], **options}
         known = Responses(self.folder / "responses" / digest(key), self.rank)
         # By length, so that every rank gets its share of the long ones; of all, as a rank may know more than another.
@@ -204,11 +221,12 @@ class Run:
         produce: Callable[[Sequence[T]], Produced],
         collective: bool = False,
         tokens: Callable[[T], int] | None = None,
+        in_step: bool = False,
     ) -> Table:
         """`write_table` on rank 0, whose result the other ranks wait for.
 
         collective: all ranks produce all units, in step. tokens: of a unit; the ranks share the units, which do not depend
-        on each other.
+        on each other. in_step: with `tokens`, they produce their shares in step, see `write_table`.
         """
         folder = self.folder / name
         key = {**key, "columns": schema.names}
@@ -218,9 +236,12 @@ class Run:
                 return iter(produce(todo))
             return self.ui.track(produce(todo), len(todo), name, tokens and [tokens(unit) for unit in todo])
 
-        if tokens is not None:
+        # Rank 0 alone says whether there is anything to do: the others could look when it has finished the table
+        if in_step and self.most(int(self.is_writer and is_current(folder, key))):
+            table: Table | None = open_table(folder)
+        elif tokens is not None:
             sizes = [tokens(unit) for unit in units]
-            shared: dict[str, Any] = {"sizes": sizes, "rank": self.rank, "ranks": self.ranks}
+            shared: dict[str, Any] = {"sizes": sizes, "rank": self.rank, "ranks": self.ranks, "in_step": in_step}
             table = write_table(folder, key, schema, units, tracked, self.ui.say, **shared)
         elif self.is_writer:
             table = write_table(folder, key, schema, units, tracked, self.ui.say)
@@ -259,6 +280,8 @@ def run_stages(config: RunConfig, stages: Sequence[str], ui: Ui | None = None) -
     run = Run(config, ui)
     prune_options(config)  # what is misspelt is told now, not after hours
     device_of(config)
+    for note in check_loading(config, stages, run.ranks):
+        run.ui.say(note)
     if {"select", "verify", "eval"} & set(stages):
         graders.resolve(grader_of(config))
         if config.engine == "vllm":

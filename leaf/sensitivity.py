@@ -12,12 +12,12 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from transformers import PreTrainedModel
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from leaf_kernels import SharedPrefixLayout, linear_cross_entropy
 from leaf_kernels.integrations.transformers import NAME, check_model, register
 
 from .data import Sample, Skip
+from .loading import decoder_layers
 from .objective import check_head, head_of, hidden_states
 
 logger = logging.getLogger(__name__)
@@ -83,10 +83,19 @@ def batches(items: Sequence[Item], max_tokens: int) -> Iterator[list[Item]]:
 
 
 class Scorer:
-    """`sensitivities`, pack by pack."""
+    """`sensitivities`, pack by pack.
+
+    in_step: the ranks hold a share of each layer and call this equally often. Every pack is checkpointed, and one that does
+    not fit is a MemoryError: a rank that cut it would leave the others waiting.
+    """
 
     def __init__(
-        self, model: PreTrainedModel, *, perplexity: bool = False, activation_checkpointing: bool | None = None
+        self,
+        model: PreTrainedModel,
+        *,
+        perplexity: bool = False,
+        activation_checkpointing: bool | None = None,
+        in_step: bool = False,
     ):
         register()
         check_model(model)
@@ -94,7 +103,9 @@ class Scorer:
         model.requires_grad_(False).eval()
         check_head(model)
         self.model, self.perplexity, self.head = model, perplexity, head_of(model)
-        self.layers: list[Any] = [m for m in model.base_model.modules() if isinstance(m, GradientCheckpointingLayer)]
+        self.in_step = in_step
+        activation_checkpointing = in_step or activation_checkpointing
+        self.layers: list[Any] = decoder_layers(model)
         self.mlps = [layer.mlp for layer in self.layers] if _mlps_are_row_wise(model, self.layers) else []
         self.keeps: float = float("inf")  # activations of packs of up to so many tokens
         if self.layers and model.supports_gradient_checkpointing and activation_checkpointing is not False:
@@ -116,6 +127,11 @@ class Scorer:
             if result := self._try(batch, offload=False):
                 return result
             self.too_many = tokens
+        if self.in_step:
+            raise MemoryError(
+                f"a pack of {tokens} tokens does not fit into memory beside a sharded teacher: give a smaller --max-tokens, "
+                "or a smaller --max-length where a single row is that long"
+            )
         if len(batch) > 1:
             half = len(batch) // 2
             return self(batch[:half]) + self(batch[half:])

@@ -112,17 +112,24 @@ def score(run: Run) -> Table:
 
     def measure(role: str) -> Table:
         """In a table of its own, one model at a time: a new student does not measure the teacher again."""
+        name = run.name(role)
         perplexity = role == "student" and run.config.signal == "perplexity"
+        shard = role == "teacher" and run.config.shard_teacher
 
         def produce(todo: Sequence[list[Sample]]) -> Produced:
-            scorer = Scorer(run.load(run.name(role)), perplexity=perplexity)
+            steps = run.most(len(todo)) if shard else len(todo)
+            if not steps:
+                return
+            scorer = Scorer(run.load(name, shard=shard), perplexity=perplexity, in_step=shard)
             for pack in todo:
                 rows = [_stored_sensitivity(one) for one in scorer(pack)]
                 yield rows, collections.Counter(f"skipped:{row['skip']}" for row in rows if "skip" in row)
+            for _ in range(steps - len(todo)):  # the ranks with more packs gather their layers from this one too
+                scorer([_idle(samples[0])])
 
         key = {"samples": rendered, "model": models[role], "perplexity": perplexity, "dtype": run.dtype}
-        key = {"leaf": __version__, **key}
-        return run.table(f"score-{role}", key, SENSITIVITY, packs, produce, tokens=_tokens)
+        key = {"leaf": __version__, "quantization": run.quantization(name), **key}
+        return run.table(f"score-{role}", key, SENSITIVITY, packs, produce, tokens=_tokens, in_step=shard)
 
     def merge(todo: Sequence[Sample | Skip]) -> Produced:
         measured = zip(*(_from(table, units, todo, Sample) for table in (teacher, student)))
@@ -313,6 +320,11 @@ def _from(table: Table, units: Sequence[Any], todo: Sequence[Any], kind: type) -
 
 def _tokens(pack: Sequence[Sample]) -> int:
     return sum(len(sample.input_ids) for sample in pack)
+
+
+def _idle(sample: Sample) -> Sample:
+    """The least that can be scored."""
+    return dataclasses.replace(sample, input_ids=sample.input_ids[:2], response_start=1, scored=[False, False])
 
 
 def _stored_sensitivity(one: Sensitivity | Skip) -> dict[str, Any]:

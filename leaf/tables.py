@@ -110,6 +110,7 @@ def write_table(
     sizes: Sequence[int] | None = None,
     rank: int = 0,
     ranks: int = 1,
+    in_step: bool = False,
 ) -> Table | None:
     """The table of `units` under `key`, computing only what is missing.
 
@@ -123,11 +124,14 @@ def write_table(
         sizes: how much work each unit is. Shards are then of equal work instead of equal length.
         rank, ranks: with `sizes`, the shards are dealt out to so many processes, all of which call this. Rank 0 waits for
             the others' shards and finishes the table; the others return None when theirs are written.
+        in_step: `produce` works in step with the other ranks: unless the table is finished, it is called whether or not
+            units are missing here, and it is run to its end.
     """
     folder = pathlib.Path(path)
     folder.mkdir(parents=True, exist_ok=True)
     shards = _cut(len(units), sizes)
-    tag = digest({"key": _plain(key), "shards": [(shard.start, shard.stop) for shard in shards]})[:8]
+    bounds = [(shard.start, shard.stop) for shard in shards]
+    tag = digest({"key": _plain(key), "shards": bounds, "sizes": sizes})[:8]  # units of other sizes are other units
     files = [folder / f"part-{n:05d}-{tag}.parquet" for n in range(len(shards))]
     old = _read_manifest(folder)
     if old and old["key"] != _plain(key):
@@ -153,7 +157,7 @@ def write_table(
     if len(missing) < len(files):
         log(f"{folder.name}: resumed after {len(files) - len(missing)} of {len(files)} shards")
     todo = [unit for n in mine for unit in units[shards[n]]]
-    produced = iter(produce(todo) if todo else ())
+    produced = iter(produce(todo) if todo or in_step else ())
     for n in mine:
         rows: list[Row] = []
         counts: collections.Counter[str] = collections.Counter()
@@ -163,6 +167,8 @@ def write_table(
             counts.update(unit_counts)
         facts = {"units": shards[n].stop - shards[n].start, "rows": len(rows), "counts": dict(counts)}
         _write_atomically(files[n], _parquet(rows, schema.with_metadata({_FACTS: json.dumps(facts)})))
+    if in_step:
+        collections.deque(produced, maxlen=0)
     if rank != 0:
         return None
     while not all(file.exists() for file in files):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import importlib.util
 import os
 import pathlib
 import random
@@ -12,6 +14,7 @@ import pytest
 import torch
 from small import Said, word_problems, write_rows
 
+import leaf.run
 from leaf import sensitivity
 from leaf.config import RunConfig
 from leaf.run import run_stages
@@ -152,6 +155,28 @@ def test_what_does_not_fit_is_counted_with_its_length(
         "score: 4 of 12 rows were skipped, more than --max-skip-fraction 0.01 (ok 8, skipped:oom 4)"
     ] or problems == ["score: 4 of 12 rows were skipped, more than --max-skip-fraction 0.01 (skipped:oom 4)"]
     assert any("do not fit into memory with the teacher (skipped: oom)" in line for line in said)
+
+
+def test_the_teacher_alone_is_quantized_and_measured_again(
+    pair: dict[str, str], tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a stand-in for bitsandbytes."""
+    options = config(pair, tmp_path, rows=2)
+    load, quantized = leaf.run.load_model, []
+
+    def stand_in(name: str, *args: object, quantization: str | None, **_: object):
+        quantized.append((pathlib.Path(name).name, quantization))
+        return load(name, *args)
+
+    monkeypatch.setattr(leaf.run, "load_model", stand_in)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    run_stages(options, ("select", "score"))
+    said = Said()
+    run_stages(dataclasses.replace(options, teacher_quantization="4bit"), ("select", "score"), said)
+    assert quantized == [("teacher", None), ("student", None), ("teacher", "4bit")]
+    assert 'score-teacher: computed again, because quantization (null -> "4bit") changed' in said
+    assert "score-student: unchanged" in said
+    assert sum("quantized to 4bit" in line for line in said) == 1
 
 
 def test_another_error_is_not_taken_for_a_lack_of_memory(

@@ -212,6 +212,40 @@ def test_what_ranks_leave_behind_is_finished_by_any_other_number_of_them(
     assert table.fingerprint == whole.fingerprint
 
 
+@pytest.mark.parametrize("in_step", [False, True])
+def test_a_rank_in_step_produces_to_the_end_also_without_units(
+    tmp_path: pathlib.Path, three_shards: None, in_step: bool
+) -> None:
+    went: list[str] = []
+
+    def stepping(units: Sequence[int]) -> Iterator[Any]:
+        went.append("started")
+        yield from produce([])(units)
+        went.append("ended")
+
+    def write(rank: int) -> None:
+        options = {"sizes": SIZES, "rank": rank, "ranks": 5, "in_step": in_step}
+        write_table(tmp_path / "score", {"q": 1}, SCHEMA, range(8), stepping, print, **options)  # type: ignore[arg-type]
+
+    for rank, units in ((4, 0), (2, 3), (1, 3), (0, 4)):
+        write(rank)
+        assert went == (["started", "ended"] if in_step else ["started"] if units else [])
+        went.clear()
+    write(0)
+    assert went == [], "the table is finished"
+
+
+def test_units_of_other_sizes_are_other_units(tmp_path: pathlib.Path, three_shards: None) -> None:
+    """A killed run that goes on with another budget of packs: shards have the same bounds, not the same content."""
+    with pytest.raises(Killed):
+        share(tmp_path, 0, 1, die_at=4)
+    assert len(parts(tmp_path)) == 1
+    calls: list[int] = []
+    write_table(tmp_path / "score", {"q": 1}, SCHEMA, range(8), produce(calls), print, sizes=[4, 2, *SIZES[2:]])
+    assert tables._cut(8, [4, 2, *SIZES[2:]]) == tables._cut(8, SIZES)
+    assert calls == list(range(8))
+
+
 def test_a_shard_that_was_altered_before_its_table_was_finished_is_computed_again(
     tmp_path: pathlib.Path, three_shards: None
 ) -> None:
