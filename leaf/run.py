@@ -22,7 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from . import __version__, graders
 from .config import STAGES, RunConfig
-from .data import Encoder, Row, Skip, check_pair, read_rows
+from .data import DifferentTokenizers, Encoder, Row, Skip, check_pair, read_rows
 from .tables import Table, is_current, model_key, open_table, write_table
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def read(config: RunConfig, data: str | None) -> Iterator[Row | Skip]:
 
 
 def make_encoder(config: RunConfig) -> Encoder:
-    """Renders and tokenizes with the student's tokenizer, for both models."""
+    """Renders and tokenizes with the student's tokenizer."""
     return Encoder(
         AutoTokenizer.from_pretrained(config.named("student")),
         max_length=config.max_length,
@@ -68,6 +68,17 @@ def make_encoder(config: RunConfig) -> Encoder:
         chat_template=config.chat_template,
         date=config.template_date,
     )
+
+
+def different_tokenizers(encoder: Encoder) -> str:
+    """What becomes of a pair with two tokenizers."""
+    said = (
+        "teacher and student have different tokenizers: they are compared on common text units, and cannot be distilled"
+    )
+    if encoder.template is None:
+        return said
+    remedy = "a --chat-template whose markers both know, or --chat-template none, may suit it better"
+    return f"{said}; the student's chat template is plain text to the teacher: {remedy}"
 
 
 def device_of(config: RunConfig) -> torch.device:
@@ -131,7 +142,29 @@ class Run:
 
     def shared_vocabulary(self) -> int:
         """Columns of both heads that mean the same token; an error where the tokenizers differ."""
-        return check_pair(self.encoder.tokenizer, AutoTokenizer.from_pretrained(self.name("teacher")))
+        names = self.name("teacher"), self.name("student")
+        try:
+            return check_pair(self.encoder.tokenizer, AutoTokenizer.from_pretrained(names[0]))
+        except DifferentTokenizers as error:
+            raise ValueError(
+                f"teacher {names[0]} cannot be distilled into student {names[1]}: {error}, or run `leaf select`, "
+                "`leaf score`, `leaf prune` and `leaf report`, and train on what `leaf export` writes"
+            ) from error
+
+    @functools.cached_property
+    def reader(self) -> Encoder | None:
+        """How the teacher reads what the student's template writes; None where both have one tokenizer."""
+        tokenizer = AutoTokenizer.from_pretrained(self.name("teacher"))
+        try:
+            check_pair(self.encoder.tokenizer, tokenizer)
+        except DifferentTokenizers:
+            self.ui.say(different_tokenizers(self.encoder))
+            return self.encoder.read_by(tokenizer)
+        return None
+
+    def encoder_of(self, model: str) -> Encoder:
+        """How a model reads rows."""
+        return (model == self.config.teacher and self.reader) or self.encoder
 
     def name(self, role: str) -> str:
         return self.config.named(role)
@@ -144,18 +177,17 @@ class Run:
     def generation_key(self, model: str, **inputs: Any) -> dict[str, Any]:
         """What the answers of a model depend on besides `inputs`."""
         options = {"grader": self.config.grader, "max_new_tokens": self.config.max_new_tokens, "dtype": self.dtype}
-        rendering = self.encoder.fingerprint
+        rendering = self.encoder_of(model).fingerprint
         return {"leaf": __version__, "model": model_key(model), "rendering": rendering, **options, **inputs}
 
     def models(self) -> dict[str, str]:
-        """Keys of teacher and student, which must be two models of one vocabulary."""
+        """Keys of teacher and student, which must be two models."""
         keys = {role: model_key(self.name(role)) for role in ("teacher", "student")}
         if keys["teacher"] == keys["student"]:
             raise ValueError(
                 f"teacher and student are the same model ({self.config.student}): every difference between them is 0; "
                 "give --teacher a stronger one"
             )
-        self.shared_vocabulary()
         return keys
 
     def key(self, stage: str, **inputs: Any) -> dict[str, Any]:
@@ -217,6 +249,8 @@ def run_stages(config: RunConfig, stages: Sequence[str], ui: Ui | None = None) -
         graders.resolve(grader_of(config))
     if "distill" in stages:
         training_arguments(config, run.folder)
+    if {"distill", "eval"} & set(stages) and config.teacher and config.student:
+        run.shared_vocabulary()
     for stage in stages:
         FUNCTIONS[stage](run)
     return run.problems

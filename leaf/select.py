@@ -108,7 +108,9 @@ def answer_rows(
     grade = resolve(grader)
     prompts = [_prompt(encoder, row) for row in rows]
     can_check = [row.answer is not None and checkable(grader, row.answer) for row in rows]
-    asked = [p for p, check in zip(prompts, can_check) if isinstance(p, str) and (check or ask_unchecked)]
+    asked = [
+        encoder.as_read(p) for p, check in zip(prompts, can_check) if isinstance(p, str) and (check or ask_unchecked)
+    ]
     end = encoder.end_of_turn_id
     responses = generate(
         model,
@@ -122,7 +124,7 @@ def answer_rows(
         if isinstance(prompt, Skip):
             yield prompt
             continue
-        response = next(responses) if check or ask_unchecked else ""
+        response = encoder.response_of(next(responses)) if check or ask_unchecked else ""
         yield Answer(response, grade(response, row.answer) if check else None)  # type: ignore[arg-type]
 
 

@@ -21,11 +21,12 @@ from .distill import distill
 from .evaluate import attention_to_flagged, summary
 from .prune import prune_row
 from .run import Produced, Run, prune_options, read
-from .score import score_row, skipped_row
+from .score import score_pair, skipped_row
 from .select import Answer, Selected, answer_rows, roles
 from .select import decide as decide_row
 from .sensitivity import Sensitivity, sensitivities
 from .tables import Table, digest, model_key, open_table
+from .units import Pair, read_pairs
 from .verify import ROLES, answered_rightly
 from .verify import decide as decide_counterfactual
 
@@ -71,7 +72,7 @@ def answers(run: Run, name: str, model: str, units: Sequence[Row], ask_unchecked
 
     def produce(todo: Sequence[Row]) -> Produced:
         options = {**run.generation(), "ask_unchecked": ask_unchecked}
-        for answer in answer_rows(run.load(model), run.encoder, todo, **options):
+        for answer in answer_rows(run.load(model), run.encoder_of(model), todo, **options):
             if isinstance(answer, Answer):
                 right = {None: "unchecked", True: "right", False: "wrong"}[answer.right]
                 yield [{"response": answer.response, "right": answer.right}], {right: 1}
@@ -121,10 +122,14 @@ def score(run: Run) -> Table:
     both = ("instruction", "response")
     levels = both if run.config.level == "both" else (run.config.level,)
     encode = functools.partial(run.encoder.encode, segments=run.config.segments)
-    units = [unit for row in kept for level in levels for unit in encode(row, level=level)]
-    samples = [unit for unit in units if isinstance(unit, Sample)]
-    rendered = digest([dataclasses.asdict(unit) for unit in units])
     models = run.models()
+    encoded = (unit for row in kept for level in levels for unit in encode(row, level=level))
+    units = list(read_pairs(encoded, run.reader))
+    samples = {role: [getattr(unit, role) for unit in units if isinstance(unit, Pair)] for role in models}
+    rendered = {
+        role: digest([dataclasses.asdict(unit if isinstance(unit, Skip) else getattr(unit, role)) for unit in units])
+        for role in models
+    }
 
     def measure(role: str) -> Table:
         """In a table of its own, one model at a time: a new student does not measure the teacher again."""
@@ -136,18 +141,18 @@ def score(run: Run) -> Table:
                 nll = None if one.nll is None else one.nll.tolist()
                 yield [{"norm": one.norm.tolist(), "loss": one.loss, "nll": nll}], {}
 
-        key = {"samples": rendered, "model": models[role], "perplexity": perplexity, "dtype": run.dtype}
-        return run.table(f"score-{role}", {"leaf": __version__, **key}, SENSITIVITY, samples, produce)
+        key = {"samples": rendered[role], "model": models[role], "perplexity": perplexity, "dtype": run.dtype}
+        return run.table(f"score-{role}", {"leaf": __version__, **key}, SENSITIVITY, samples[role], produce)
 
     def sensitivity(row: Mapping[str, Any]) -> Sensitivity:
         nll = None if row["nll"] is None else torch.tensor(row["nll"])
         return Sensitivity(torch.tensor(row["norm"]), row["loss"], nll)
 
-    def merge(todo: Sequence[Sample | Skip]) -> Produced:
-        measured = zip(*(_from(table, units, todo, Sample) for table in (teacher, student)))
+    def merge(todo: Sequence[Pair | Skip]) -> Produced:
+        measured = zip(*(_from(table, units, todo, Pair) for table in (teacher, student)))
         for unit in todo:
-            own = map(sensitivity, next(measured)) if isinstance(unit, Sample) else ()
-            row = skipped_row(unit) if isinstance(unit, Skip) else score_row(unit, *own)
+            own = map(sensitivity, next(measured)) if isinstance(unit, Pair) else ()
+            row = skipped_row(unit) if isinstance(unit, Skip) else score_pair(unit, *own)
             yield [row], _status(row)
 
     teacher, student = measure("teacher"), measure("student")
@@ -187,7 +192,8 @@ def verify(run: Run) -> Table:
         def produce(todo: Sequence[int]) -> Produced:
             rows = list(itertools.islice(pruned, todo[0], None))
             model = run.load(run.name(role))
-            for right in answered_rightly(model, run.encoder, rows, references, **run.generation()):
+            encoder = run.encoder_of(run.name(role))
+            for right in answered_rightly(model, encoder, rows, references, **run.generation()):
                 yield [{"right": right}], {}
 
         key = run.generation_key(run.name(role), counterfactuals=pruned.fingerprint, references=digest(references))

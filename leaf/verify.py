@@ -71,13 +71,13 @@ def answered_rightly(
     responses = generate(
         model,
         encoder.tokenizer,
-        (row["prompt"] for row, check in zip(counterfactuals, can_check) if check),
+        (encoder.as_read(row["prompt"]) for row, check in zip(counterfactuals, can_check) if check),
         max_new_tokens=max_new_tokens,
         max_tokens=max_tokens,
         stop=() if end is None else (end,),
     )
     for answer, check in zip(wanted, can_check):
-        yield grade(next(responses), answer) if check else None  # type: ignore[arg-type]
+        yield grade(encoder.response_of(next(responses)), answer) if check else None  # type: ignore[arg-type]
 
 
 def decide(row: Counterfactual, right: Mapping[str, bool | None]) -> dict[str, Any]:
