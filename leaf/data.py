@@ -310,9 +310,15 @@ class Encoder:
 
     def as_read(self, prompt: str) -> str:
         """A rendered prompt with the model's own beginning of sequence instead of the renderer's."""
-        if self.tokenizer is self._renderer:
-            return prompt
-        return _opening(self.tokenizer) + prompt.removeprefix(self._renderer.bos_token or "")
+        own, written = self._beginning(prompt)
+        return own + prompt[len(written) :]
+
+    def _beginning(self, prompt: str) -> tuple[str, str]:
+        """The model's own beginning of sequence, and the renderer's in whose place it is read; each may be empty."""
+        written = self._renderer.bos_token or ""
+        written = written if prompt.startswith(written) else ""
+        own = str(self.tokenizer.bos_token or "") if written else _opening(self.tokenizer)
+        return (written, written) if self.tokenizer is self._renderer else (own, written)
 
     def response_of(self, generated: str) -> str:
         """What was generated up to the renderer's end of turn, which is plain text to another tokenizer."""
@@ -329,16 +335,15 @@ class Encoder:
         ends = [found.span() for found in self._end_of_turn.finditer(text, cut)][-1:]
         has_end = bool(ends and cut < ends[0][0] < ends[0][1] == len(text) and self.tokenizer.eos_token)
         stop = ends[0][0] if has_end else len(text)
-        prompt = self.as_read(text[:cut])
-        input_ids, own, response_start = self.encode_text(
-            prompt, text[cut:stop] + (str(self.tokenizer.eos_token) if has_end else "")
-        )
+        target = text[cut:stop] + (str(self.tokenizer.eos_token) if has_end else "")
+        input_ids, own, response_start = self.encode_text(self.as_read(text[:cut]), target)
         if self.max_length is not None and self.truncate is None and len(input_ids) > self.max_length:
             detail = f"{len(input_ids)} tokens of the teacher, max_length is {self.max_length}"
             return Skip(sample.id, "too_long", detail)
         if not 0 < response_start < len(input_ids):
             return Skip(sample.id, "unread", "the teacher's tokenizer leaves nothing of the prompt or of the response")
-        opening, shift = len(_opening(self.tokenizer)), cut - len(prompt)
+        opening, written = map(len, self._beginning(text[:cut]))
+        shift = written - opening
 
         def place(start: int, end: int) -> Span:
             """Where a token is in `text`; the model's own beginning and end of sequence are where the renderer's are."""
