@@ -335,11 +335,18 @@ class Encoder:
         ends = [found.span() for found in self._end_of_turn.finditer(text, cut)][-1:]
         has_end = bool(ends and cut < ends[0][0] < ends[0][1] == len(text) and self.tokenizer.eos_token)
         stop = ends[0][0] if has_end else len(text)
-        target = text[cut:stop] + (str(self.tokenizer.eos_token) if has_end else "")
-        input_ids, own, response_start = self.encode_text(self.as_read(text[:cut]), target)
+        prompt, target = self.as_read(text[:cut]), text[cut:stop] + (str(self.tokenizer.eos_token) if has_end else "")
+        input_ids, own, response_start = self.encode_text(prompt, target)
         if self.max_length is not None and self.truncate is None and len(input_ids) > self.max_length:
             detail = f"{len(input_ids)} tokens of the teacher, max_length is {self.max_length}"
             return Skip(sample.id, "too_long", detail)
+        covered = bytearray(len(prompt + target))
+        for start, end in own:
+            covered[start:end] = b"\x01" * (end - start)
+        if left_out := {char for char, read in zip(prompt + target, covered) if not read and not char.isspace()}:
+            # The tokenizers library can count the characters after these wrongly, so no offset is to be trusted.
+            detail = f"the teacher's tokenizer leaves out characters, such as {min(left_out)!r}"
+            return Skip(sample.id, "unread", detail)
         if not 0 < response_start < len(input_ids):
             return Skip(sample.id, "unread", "the teacher's tokenizer leaves nothing of the prompt or of the response")
         opening, written = map(len, self._beginning(text[:cut]))

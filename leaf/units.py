@@ -59,21 +59,17 @@ def text_units(*tokenisations: Sequence[Span]) -> list[Span]:
 def on_units(pair: Pair) -> Sample:
     """The student's sample with a unit wherever it has a token, and no ids.
 
-    A unit is scored where all of its tokens are and both models read all of it but spaces: a tokenizer can leave out
-    characters that it does not know, and no gradient speaks for them.
+    A unit is scored where it holds tokens of both models and all of them are scored.
     """
-    text, units = pair.student.text, text_units(pair.teacher.offsets, pair.student.offsets)
+    units = text_units(pair.teacher.offsets, pair.student.offsets)
     scored = [end <= pair.student.prompt_chars for _, end in units]
     for sample in pair:
-        for n, of_token in zip(_unit_of(sample, units), sample.scored):
+        places = _unit_of(sample, units)
+        for n, of_token in zip(places, sample.scored):
             if n is not None:
                 scored[n] &= of_token
-        read = bytearray(len(text))
-        for start, end in sample.offsets:
-            read[start:end] = b"\x01" * (end - start)
-        for n, (start, end) in enumerate(units):
-            unread = [c for c in range(start, end) if not read[c]]
-            scored[n] &= len(unread) < end - start and all(text[c].isspace() for c in unread)
+        held = set(places)
+        scored = [each and n in held for n, each in enumerate(scored)]
     response_start = sum(start < pair.student.prompt_chars for start, _ in units)
     return dataclasses.replace(pair.student, input_ids=[], offsets=units, response_start=response_start, scored=scored)
 
