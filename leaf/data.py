@@ -95,7 +95,6 @@ class Encoder:
 
     def read_by(self, tokenizer: PreTrainedTokenizerBase) -> Encoder:
         """How a model with another tokenizer reads what this encoder renders: `read`, `as_read`, `response_of`."""
-        _check_fast(tokenizer)
         reader = copy.copy(self)
         reader.tokenizer = tokenizer
         return reader
@@ -328,7 +327,7 @@ class Encoder:
     def read(self, sample: Sample) -> Sample | Skip:
         """`sample` with this encoder's tokens; their offsets are those of the sample's text.
 
-        The end of turn is read as the model's end of sequence: spelt out, it would be most of the loss of a short response.
+        The end of turn is read as the model's end of sequence: spelt out, its loss would have nothing to do with the prompt.
         Where targets are truncated, the renderer's tokens are what `max_length` counts.
         """
         text, cut = sample.text, sample.prompt_chars

@@ -291,6 +291,7 @@ def test_what_another_tokenizer_is_asked_and_what_counts_as_its_answer(monkeypat
     assert read.offsets[0] == (0, len("<|bos|>"))
     counterfactual = {"source_id": "0", "prompt": prompt}
     assert list(answered_rightly(None, reader, [counterfactual], {"0": "2"}, grader="exact")) == [True]  # type: ignore[arg-type]
+    assert asked[1] == asked[0]
     assert encoder.as_read(prompt) == prompt
     assert encoder.response_of("2<|im_end|>3") == "2<|im_end|>3"  # the student's own is a token, and stops it
     assert reader.fingerprint["rendered_by"] == encoder.fingerprint["tokenizer"] != reader.fingerprint["tokenizer"]
