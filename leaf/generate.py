@@ -71,7 +71,9 @@ def asker(load: Loader, encoder: Encoder, *, max_new_tokens: int = 512, max_toke
             return {}
         options = {"max_new_tokens": max_new_tokens, "max_tokens": max_tokens, "stop": encoder.end_of_turn_id}
         try:
-            return dict(generate(load(), encoder.tokenizer, prompts, **options))  # type: ignore[arg-type]
+            written = {encoder.as_read(prompt): prompt for prompt in prompts}
+            given = generate(load(), encoder.tokenizer, written, **options)  # type: ignore[arg-type]
+            return {written[prompt]: encoder.response_of(response) for prompt, response in given}
         finally:
             free_memory()
 

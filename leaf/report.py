@@ -91,7 +91,7 @@ def _sample(row: Mapping[str, Any], counterfactuals: list[dict]) -> dict[str, An
     n, values = row["response_start"], prompt_values(row)
     return sample | {
         "tokens": token_texts(row)[:n],
-        "ids": [int(i) for i in row["input_ids"][:n]],
+        "ids": row["input_ids"] and [int(i) for i in row["input_ids"][:n]],
         **{key: _numbers(value, 4) for key, value in values.items()},
         "loss": _numbers(finite([row.get("teacher_loss"), row.get("student_loss")]), 4),
         "response": row["text"][row["prompt_chars"] :],

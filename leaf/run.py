@@ -23,7 +23,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 from . import __version__, graders
 from .cache import Responses
 from .config import STAGES, RunConfig
-from .data import Encoder, Row, Skip, check_pair, read_rows
+from .data import DifferentTokenizers, Encoder, Row, Skip, check_pair, read_rows
 from .generate import check_vllm, free_memory, generate, load_vllm
 from .loading import check_loading, load_model, most
 from .tables import Table, digest, is_current, model_key, open_table, write_table
@@ -69,7 +69,7 @@ def read(config: RunConfig, data: str | None) -> Iterator[Row | Skip]:
 
 
 def make_encoder(config: RunConfig) -> Encoder:
-    """Renders and tokenizes with the student's tokenizer, for both models."""
+    """Renders and tokenizes with the student's tokenizer."""
     return Encoder(
         AutoTokenizer.from_pretrained(config.named("student")),
         max_length=config.max_length,
@@ -77,6 +77,17 @@ def make_encoder(config: RunConfig) -> Encoder:
         chat_template=config.chat_template,
         date=config.template_date,
     )
+
+
+def different_tokenizers(encoder: Encoder) -> str:
+    """What becomes of a pair with two tokenizers."""
+    said = (
+        "teacher and student have different tokenizers: they are compared on common text units, and cannot be distilled"
+    )
+    if encoder.template is None:
+        return said
+    remedy = "a --chat-template whose markers both know, or --chat-template none, may suit it better"
+    return f"{said}; the student's chat template is plain text to the teacher: {remedy}"
 
 
 def device_of(config: RunConfig) -> torch.device:
@@ -154,7 +165,29 @@ class Run:
 
     def shared_vocabulary(self) -> int:
         """Columns of both heads that mean the same token; an error where the tokenizers differ."""
-        return check_pair(self.encoder.tokenizer, AutoTokenizer.from_pretrained(self.name("teacher")))
+        names = self.name("teacher"), self.name("student")
+        try:
+            return check_pair(self.encoder.tokenizer, AutoTokenizer.from_pretrained(names[0]))
+        except DifferentTokenizers as error:
+            raise ValueError(
+                f"teacher {names[0]} cannot be distilled into student {names[1]}: {error}, or run `leaf select`, "
+                "`leaf score`, `leaf prune` and `leaf report`, and train on what `leaf export` writes"
+            ) from error
+
+    @functools.cached_property
+    def reader(self) -> Encoder | None:
+        """How the teacher reads what the student's template writes; None where both have one tokenizer."""
+        tokenizer = AutoTokenizer.from_pretrained(self.name("teacher"))
+        try:
+            check_pair(self.encoder.tokenizer, tokenizer)
+        except DifferentTokenizers:
+            self.ui.say(different_tokenizers(self.encoder))
+            return self.encoder.read_by(tokenizer)
+        return None
+
+    def encoder_of(self, model: str) -> Encoder:
+        """How a model reads rows."""
+        return (model == self.config.teacher and self.reader) or self.encoder
 
     def name(self, role: str) -> str:
         return self.config.named(role)
@@ -162,17 +195,19 @@ class Run:
     def asked_key(self, models: Mapping[str, str]) -> dict[str, Any]:
         """What the answers of models (label: name) depend on, besides options and prompts."""
         keys = {label: model_key(name) for label, name in models.items()}
-        return {**keys, "rendering": self.encoder.fingerprint, "dtype": self.dtype} if keys else {}
+        readers = {label: self.encoder_of(name).fingerprint for label, name in models.items()}
+        return {**keys, "rendering": readers, "dtype": self.dtype} if keys else {}
 
     def ask(self, model: str, label: str, prompts: Sequence[str]) -> Mapping[str, str]:
         """The greedy response of a model to each prompt; what it was asked before in this run directory is known.
 
         Collective: the prompts are dealt to the ranks, and every rank gets all responses.
         """
-        options: dict[str, Any] = {"max_new_tokens": self.config.max_new_tokens, "stop": self.encoder.end_of_turn_id}
+        reader = self.encoder_of(model)
+        options: dict[str, Any] = {"max_new_tokens": self.config.max_new_tokens, "stop": reader.end_of_turn_id}
         key: dict[str, Any] = {"leaf": __version__, "model": model_key(model), "engine": self.config.engine}
         key |= {"dtype": self.dtype, "quantization": self.quantization(model)}
-        key |= {"tokenizer": self.encoder.fingerprint["tokenizer"], **options}
+        key |= {name: reader.fingerprint.get(name) for name in ("tokenizer", "rendered_by")} | options
         known = Responses(self.folder / "responses" / digest(key), self.rank)
         # By length, so that every rank gets its share of the long ones; of all, as a rank may know more than another.
         distinct = sorted(dict.fromkeys(prompts), key=len)
@@ -181,9 +216,10 @@ class Run:
         todo = [prompt for prompt in distinct[self.rank :: self.ranks] if prompt not in known]
         if todo:
             options["max_tokens"] = self.config.max_tokens  # which changes no response
-            given = generate(self.engine(model), self.encoder.tokenizer, todo, **options)
+            written = {reader.as_read(prompt): prompt for prompt in todo}
+            given = generate(self.engine(model), reader.tokenizer, written, **options)
             for prompt, response in self.ui.track(given, len(todo), label):
-                known[prompt] = response
+                known[written[prompt]] = reader.response_of(response)
         while not all(prompt in known for prompt in distinct):
             time.sleep(1)  # for the shares of the other ranks
             known.refresh()
@@ -195,17 +231,16 @@ class Run:
             return self.load(model)
         free_memory()
         longest = self.config.max_length + self.config.max_new_tokens
-        return load_vllm(model, self.encoder.tokenizer, dtype=self.dtype, max_tokens=longest)
+        return load_vllm(model, self.encoder_of(model).tokenizer, dtype=self.dtype, max_tokens=longest)
 
     def models(self) -> dict[str, str]:
-        """Keys of teacher and student, which must be two models of one vocabulary."""
+        """Keys of teacher and student, which must be two models."""
         keys = {role: model_key(self.name(role)) for role in ("teacher", "student")}
         if keys["teacher"] == keys["student"]:
             raise ValueError(
                 f"teacher and student are the same model ({self.config.student}): every difference between them is 0; "
                 "give --teacher a stronger one"
             )
-        self.shared_vocabulary()
         return keys
 
     def key(self, stage: str, **inputs: Any) -> dict[str, Any]:
@@ -288,6 +323,8 @@ def run_stages(config: RunConfig, stages: Sequence[str], ui: Ui | None = None) -
             check_vllm()
     if "distill" in stages:
         training_arguments(config, run.folder)
+    if {"distill", "eval"} & set(stages) and config.teacher and config.student:
+        run.shared_vocabulary()
     for stage in stages:
         FUNCTIONS[stage](run)
     return run.problems

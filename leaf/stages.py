@@ -21,11 +21,12 @@ from .distill import distill
 from .evaluate import attention_to_flagged, summary
 from .prune import prune_row
 from .run import Produced, Run, grader_of, prune_options, read
-from .score import score_row, skipped_row
+from .score import score_pair, skipped_row
 from .select import Answer, Selected, answer_rows, roles
 from .select import decide as decide_row
 from .sensitivity import Scorer, Sensitivity, batches
 from .tables import Table, digest, model_key, open_table
+from .units import Pair, read_pairs
 from .verify import ROLES, answered_rightly
 from .verify import decide as decide_counterfactual
 
@@ -103,18 +104,21 @@ def score(run: Run) -> Table:
     both = ("instruction", "response")
     levels = both if run.config.level == "both" else (run.config.level,)
     encode = functools.partial(run.encoder.encode, segments=run.config.segments)
-    units = [unit for row in kept for level in levels for unit in encode(row, level=level)]
-    samples = [unit for unit in units if isinstance(unit, Sample)]
-    rendered = digest([dataclasses.asdict(unit) for unit in units])
     models = run.models()
-
-    packs = list(batches(samples, run.config.max_tokens))  # of the whole table: whoever measures one, it is the same
+    encoded = (unit for row in kept for level in levels for unit in encode(row, level=level))
+    units = list(read_pairs(encoded, run.reader))
+    samples = {role: [getattr(unit, role) for unit in units if isinstance(unit, Pair)] for role in models}
+    rendered = {
+        role: digest([dataclasses.asdict(unit if isinstance(unit, Skip) else getattr(unit, role)) for unit in units])
+        for role in models
+    }
 
     def measure(role: str) -> Table:
         """In a table of its own, one model at a time: a new student does not measure the teacher again."""
         name = run.name(role)
         perplexity = role == "student" and run.config.signal == "perplexity"
         shard = role == "teacher" and run.config.shard_teacher
+        packs = list(batches(samples[role], run.config.max_tokens))  # of all: whoever measures one, it is the same
 
         def produce(todo: Sequence[list[Sample]]) -> Produced:
             steps = run.most(len(todo)) if shard else len(todo)
@@ -125,17 +129,17 @@ def score(run: Run) -> Table:
                 rows = [_stored_sensitivity(one) for one in scorer(pack)]
                 yield rows, collections.Counter(f"skipped:{row['skip']}" for row in rows if "skip" in row)
             for _ in range(steps - len(todo)):  # the ranks with more packs gather their layers from this one too
-                scorer([_idle(samples[0])])
+                scorer([_idle(samples[role][0])])
 
-        key = {"samples": rendered, "model": models[role], "perplexity": perplexity, "dtype": run.dtype}
+        key = {"samples": rendered[role], "model": models[role], "perplexity": perplexity, "dtype": run.dtype}
         key = {"leaf": __version__, "quantization": run.quantization(name), **key}
         return run.table(f"score-{role}", key, SENSITIVITY, packs, produce, tokens=_tokens, in_step=shard)
 
-    def merge(todo: Sequence[Sample | Skip]) -> Produced:
-        measured = zip(*(_from(table, units, todo, Sample) for table in (teacher, student)))
+    def merge(todo: Sequence[Pair | Skip]) -> Produced:
+        measured = zip(*(_from(table, units, todo, Pair) for table in (teacher, student)))
         for unit in todo:
-            own = map(_sensitivity, next(measured)) if isinstance(unit, Sample) else ()
-            row = skipped_row(unit) if isinstance(unit, Skip) else score_row(unit, *own)
+            own = map(_sensitivity, next(measured)) if isinstance(unit, Pair) else ()
+            row = skipped_row(unit) if isinstance(unit, Skip) else score_pair(unit, *own)
             yield [row], _status(row)
 
     teacher, student = measure("teacher"), measure("student")
