@@ -87,6 +87,12 @@ def free_memory() -> None:
         torch.cuda.empty_cache()
 
 
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """torch's allocator for GPUs has a class of its own, that of the CPU, pinned memory and Triton only a message."""
+    messages = ("out of memory", "DefaultCPUAllocator: can't allocate memory", "DefaultCPUAllocator: not enough memory")
+    return isinstance(error, torch.OutOfMemoryError) or any(message in str(error) for message in messages)
+
+
 def _with_transformers(
     model: Any, ids: Sequence[Ids], ends: set[int], pad: int, max_new_tokens: int, max_tokens: int
 ) -> Iterator[tuple[int, Ids]]:
@@ -138,8 +144,7 @@ def _batch(model: PreTrainedModel, prompts: Sequence[Ids], settings: GenerationC
             output = model.generate(padded, attention_mask=mask, generation_config=settings)  # type: ignore[operator]
         return output[:, padded.shape[1] :].tolist()
     except RuntimeError as error:
-        # A GPU's error has a class of its own, a CPU's only a message.
-        if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
+        if not is_out_of_memory(error):
             raise
     free_memory()  # not before the error is gone, whose traceback holds the tensors
     return None
