@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from benchmarks.timing import RESULTS, environment, slug, write_json
-from leaf.data import Sample
+from leaf.data import Sample, Skip
 from leaf.sensitivity import sensitivities
 from leaf_kernels.ops.linear_kl import op as linear_kl
 from leaf_kernels.testing import record_peak_bytes
@@ -200,7 +200,9 @@ def score_released(model: PreTrainedModel, row: Sample) -> None:
 
 
 def score_ours(model: PreTrainedModel, row: Sample) -> None:
-    list(sensitivities(model, [row], max_tokens=1, activation_checkpointing=True))
+    (result,) = sensitivities(model, [row], max_tokens=1, activation_checkpointing=True)
+    if isinstance(result, Skip):
+        raise torch.OutOfMemoryError(result.detail)
 
 
 def memory() -> dict:

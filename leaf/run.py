@@ -7,12 +7,10 @@ Unchanged tables are kept, a killed stage goes on after its last whole shard, an
 
 from __future__ import annotations
 
-import collections
 import functools
 import logging
 import os
 import pathlib
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
@@ -26,7 +24,7 @@ from .config import STAGES, RunConfig
 from .data import DifferentTokenizers, Encoder, Row, Skip, check_pair, read_rows
 from .generate import check_vllm, free_memory, generate, load_vllm
 from .loading import check_loading, load_model, most
-from .tables import Table, digest, is_current, model_key, open_table, write_table
+from .tables import Table, current_table, digest, model_key, open_table, wait_until, write_table
 
 if TYPE_CHECKING:
     from .prune import PruneConfig
@@ -220,9 +218,12 @@ class Run:
             given = generate(self.engine(model), reader.tokenizer, written, **options)
             for prompt, response in self.ui.track(given, len(todo), label):
                 known[written[prompt]] = reader.response_of(response)
-        while not all(prompt in known for prompt in distinct):
-            time.sleep(1)  # for the shares of the other ranks
+
+        def all_known() -> bool:
             known.refresh()
+            return all(prompt in known for prompt in distinct)
+
+        wait_until(all_known, f"{label}: waiting for the answers of the other processes", logger.warning)
         return {prompt: known[prompt] for prompt in distinct}
 
     def engine(self, model: str) -> Any:
@@ -260,8 +261,9 @@ class Run:
     ) -> Table:
         """`write_table` on rank 0, whose result the other ranks wait for.
 
-        collective: all ranks produce all units, in step. tokens: of a unit; the ranks share the units, which do not depend
-        on each other. in_step: with `tokens`, they produce their shares in step, see `write_table`.
+        collective: before its first unit, `produce` asks models together with the other ranks. tokens: of a unit; the ranks
+        share the units, which do not depend on each other. in_step: with `tokens`, they produce their shares in step, see
+        `write_table`.
         """
         folder = self.folder / name
         key = {**key, "columns": schema.names}
@@ -271,22 +273,25 @@ class Run:
                 return iter(produce(todo))
             return self.ui.track(produce(todo), len(todo), name, tokens and [tokens(unit) for unit in todo])
 
+        def current() -> Table | None:
+            return current_table(folder, key)
+
         # Rank 0 alone says whether there is anything to do: the others could look when it has finished the table
-        if in_step and self.most(int(self.is_writer and is_current(folder, key))):
-            table: Table | None = open_table(folder)
+        table: Table | None = None
+        if in_step and self.most(int(self.is_writer and current() is not None)):
+            table = current()
         elif tokens is not None:
             sizes = [tokens(unit) for unit in units]
             shared: dict[str, Any] = {"sizes": sizes, "rank": self.rank, "ranks": self.ranks, "in_step": in_step}
             table = write_table(folder, key, schema, units, tracked, self.ui.say, **shared)
         elif self.is_writer:
             table = write_table(folder, key, schema, units, tracked, self.ui.say)
-        else:
-            table = None
-            if collective and not is_current(folder, key):
-                collections.deque(produce(units), maxlen=0)
-        while table is None and not is_current(folder, key):
-            time.sleep(1)  # a collective would time out: a stage can take hours
-        return table or open_table(folder)
+        elif collective and current() is None:
+            next(iter(produce(units)), None)  # by then every model has been asked; the rest is rank 0's
+        if table is None:  # not by a collective, which would time out: a stage can take hours
+            wait_until(lambda: current() is not None, f"{name}: waiting for rank 0 to finish the table", logger.warning)
+            table = current()
+        return table or open_table(folder)  # which says what is wrong with it
 
     def check(self, stage: str, left: int, total: int, *, remedy: str, skipped: int = 0) -> None:
         """Says how many rows are left, notes when too many were skipped, refuses to go on without any."""

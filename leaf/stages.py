@@ -77,15 +77,15 @@ def select(run: Run) -> Table:
     unchecked = run.config.responses == "teacher"  # a response is wanted of rows without an answer too
 
     def produce(todo: Sequence[Row | Skip]) -> Produced:
-        told = {role: iter([*_answers(run, f"select-{role}", name, rows, unchecked)]) for role, name in asked.items()}
-        for n, unit in enumerate(units):
+        first = sum(isinstance(unit, Row) for unit in units[: len(units) - len(todo)])
+        told = {role: _answers(run, f"select-{role}", name, rows, unchecked, first) for role, name in asked.items()}
+        for unit in todo:
             if isinstance(unit, Row):
                 each = {role: next(told[role]) if role in told else None for role in ("teacher", "student")}
                 row = _stored(decide_row(unit, **each, select=run.config.select, responses=run.config.responses))
             else:
                 row = {"id": unit.id, "status": "skipped", "reason": unit.reason, "detail": unit.detail}
-            if n >= len(units) - len(todo):
-                yield [row], _status(row)
+            yield [row], _status(row)
 
     rows_read = digest([dataclasses.asdict(unit) for unit in units])
     key = run.key("select", rows=rows_read, **run.asked_key(asked))
@@ -184,9 +184,9 @@ def verify(run: Run) -> Table:
         told = {}
         for role, name in asked.items():
             ask = functools.partial(run.ask, name, f"verify-{role}")
-            told[role] = list(answered_rightly(ask, rows, references, grader=grader_of(run.config)))
+            told[role] = answered_rightly(ask, rows, references, grader=grader_of(run.config), first=todo[0])
         for n in todo:
-            verdict = decide_counterfactual(rows[n], {role: right[n] for role, right in told.items()})
+            verdict = decide_counterfactual(rows[n], {role: next(right) for role, right in told.items()})
             label = {True: "verified", False: "dropped", None: "unverified"}[verdict["verified"]]
             yield [verdict], {":".join(filter(None, (label, verdict["reason"]))): 1}
 
@@ -226,8 +226,8 @@ def evaluate(run: Run) -> Table:
     attended = {label: attention(f"attention-{label}", model) for label, model in models.items()}
 
     def produce(labels: Sequence[str]) -> Produced:
-        for label in labels:
-            answered = _answers(run, f"eval-{label}", models[label], rows)
+        told = {label: _answers(run, f"eval-{label}", models[label], rows) for label in labels}
+        for label, answered in told.items():
             yield [{"model": label, **summary(answered, (row["attention"] for row in attended[label]))}], {}
 
     key = run.key(
@@ -296,10 +296,13 @@ def restore_row(row: Mapping[str, Any]) -> Row | Skip:
     return Row(row["id"], json.loads(row["messages"]), scored, row["answer"], json.loads(row["record"]))
 
 
-def _answers(run: Run, label: str, model: str, rows: Sequence[Row], unchecked: bool = False) -> Iterator[Answer | Skip]:
-    """What a model answers each row, graded."""
+def _answers(
+    run: Run, label: str, model: str, rows: Sequence[Row], unchecked: bool = False, first: int = 0
+) -> Iterator[Answer | Skip]:
+    """What a model answers each row from `first` on; it is asked at once, answers are graded as they are read."""
     ask = functools.partial(run.ask, model, label)
-    return answer_rows(ask, run.encoder, rows, grader=grader_of(run.config), ask_unchecked=unchecked)
+    grader = grader_of(run.config)
+    return answer_rows(ask, run.encoder, rows, grader=grader, ask_unchecked=unchecked, first=first)
 
 
 def _stored(chosen: Selected) -> dict[str, Any]:
