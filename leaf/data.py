@@ -95,6 +95,7 @@ class Encoder:
 
     def read_by(self, tokenizer: PreTrainedTokenizerBase) -> Encoder:
         """How a model with another tokenizer reads what this encoder renders: `read`, `as_read`, `response_of`."""
+        _check_fast(tokenizer)
         reader = copy.copy(self)
         reader.tokenizer = tokenizer
         return reader

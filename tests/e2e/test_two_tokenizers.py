@@ -96,3 +96,24 @@ def test_who_reads_with_what(tmp_path: pathlib.Path, strangers: dict[str, str], 
     assert one.encoder_of(pair["teacher"]) is one.encoder
     alone = Run(config(tmp_path, {"student": pair["student"]}))
     assert alone.encoder_of(pair["student"]) is alone.encoder
+
+
+def test_the_teacher_is_asked_in_its_own_way(
+    tmp_path: pathlib.Path, strangers: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import leaf.run
+
+    asked: list[str] = []
+
+    def said(model, tokenizer, prompts, **options):
+        for prompt in prompts:
+            asked.append(prompt)
+            yield prompt, "2<|im_end|>3"
+
+    monkeypatch.setattr(leaf.run, "generate", said)
+    monkeypatch.setattr(Run, "engine", lambda self, model: None)
+    run = Run(config(tmp_path, strangers))
+    prompt = "<|im_start|>user\nHow many?"
+    assert run.ask(strangers["teacher"], "teacher", [prompt]) == {prompt: "2"}
+    assert run.ask(strangers["student"], "student", [prompt]) == {prompt: "2<|im_end|>3"}
+    assert asked == [f"<s>{prompt}", prompt]

@@ -262,24 +262,23 @@ def test_what_reads_the_rows_of_units(tmp_path) -> None:
 
 
 def test_what_another_tokenizer_is_asked_and_what_counts_as_its_answer(monkeypatch: pytest.MonkeyPatch) -> None:
-    import leaf.select
-    import leaf.verify
+    import leaf.generate
 
     asked: list[str] = []
 
     def said(model, tokenizer, prompts, *, stop, **options):
         for prompt in prompts:
             assert tokenizer is reader.tokenizer
-            assert stop == (tokenizer.eos_token_id,)
+            assert stop == tokenizer.eos_token_id
             asked.append(prompt)
-            yield "2<|im_end|>\n<|im_start|>user\n3"
+            yield prompt, "2<|im_end|>\n<|im_start|>user\n3"
 
-    for module in (leaf.select, leaf.verify):
-        monkeypatch.setattr(module, "generate", said)
+    monkeypatch.setattr(leaf.generate, "generate", said)
     encoder = Encoder(tiny.tokenizer("llama3"))
     reader = encoder.read_by(tiny.unigram())
     (row, _) = read_rows(RECORDS)
-    (answer,) = answer_rows(None, reader, [row], grader="exact")  # type: ignore[arg-type, list-item]
+    ask = leaf.generate.asker(lambda: None, reader)
+    (answer,) = answer_rows(ask, reader, [row], grader="exact")  # type: ignore[list-item]
     assert (answer.response, answer.right) == ("2", True)  # type: ignore[union-attr]
     prompt = samples(encoder)[0].text[: samples(encoder)[0].prompt_chars]
     assert prompt.startswith("<|bos|>")
@@ -290,7 +289,7 @@ def test_what_another_tokenizer_is_asked_and_what_counts_as_its_answer(monkeypat
     assert read.input_ids[: read.response_start] == ids  # scoring and generation see the same prompt
     assert read.offsets[0] == (0, len("<|bos|>"))
     counterfactual = {"source_id": "0", "prompt": prompt}
-    assert list(answered_rightly(None, reader, [counterfactual], {"0": "2"}, grader="exact")) == [True]  # type: ignore[arg-type]
+    assert list(answered_rightly(ask, [counterfactual], {"0": "2"}, grader="exact")) == [True]
     assert asked[1] == asked[0]
     assert encoder.as_read(prompt) == prompt
     assert encoder.response_of("2<|im_end|>3") == "2<|im_end|>3"  # the student's own is a token, and stops it
