@@ -34,9 +34,7 @@ MIN_LENGTH = 50  # the facts, the question, three signs, and something between t
 # Words of the short task in other combinations: its tokenizer knows them.
 _THINGS = ["the sky", "the dog", "the grass", "rain", *NAMES]
 _STATES = ["sleeps", "falls", "is blue", "is green", "is old"]
-_FILLERS = [
-    plain(" ".join(words)) for words in itertools.product(_THINGS, _STATES, ["today .", "now .", "."])
-]
+_FILLERS = [plain(" ".join(words)) for words in itertools.product(_THINGS, _STATES, ["today .", "now .", "."])]
 _SHORTEST, _LONGEST = 3, 6  # tokens of a distracting sentence
 _DECOYS = 0.25  # share of the distracting sentences that hold a number
 
@@ -65,7 +63,9 @@ def make_row(rng: random.Random, row_id: str, *, length: int, level: str, rho: f
     if level not in LEVELS:
         raise ValueError(f"long: level must be one of {', '.join(LEVELS)}, got {level!r}")
     if length < MIN_LENGTH:
-        raise ValueError(f"long: length must be at least {MIN_LENGTH} tokens, got {length}; `task` makes shorter prompts")
+        raise ValueError(
+            f"long: length must be at least {MIN_LENGTH} tokens, got {length}; `task` makes shorter prompts"
+        )
     problem = make_problem(rng)
     c = problem.result
     truthful = rng.random() < rho

@@ -20,7 +20,7 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast
 
 Row = dict[str, Any]
-# Each word is paired with its role ("", "operand", "confounder"), so that the places of Z, A and B are known by construction.
+# Words with their roles ("", "operand", "confounder"), so that the places of Z, A and B are known by construction.
 Sentence = list[tuple[str, str]]
 
 MAX_NUMBER = 16
