@@ -48,7 +48,7 @@ class Recipe:
 
     seeds: tuple[int, ...] = (0,)
     lengths: tuple[int, ...] = (50, 500, 1000, 2000)
-    rows: int = 32  # of each level, length and test set
+    rows: int = 24  # of each level, length and test set
     teacher_steps: tuple[int, int] = (250, 150)  # short, mixed
     student_steps: tuple[int, int] = (250, 150)
     short: tuple[int, int] = (MIN_LENGTH, 70)
@@ -116,7 +116,7 @@ def train_model(
             rho=1 / (MAX_NUMBER + 1) if teacher else RHO,
             signs=rng.randint(0, SIGNS) if teacher else SIGNS,
         )
-        return _with_words_missing(made, rng) if teacher and rng.random() < 0.5 else made
+        return with_words_missing(made, rng) if teacher and rng.random() < 0.5 else made
 
     def rows() -> Iterator[list[Tokens]]:
         for step in range(steps):
@@ -145,7 +145,7 @@ def train_model(
     return model.eval()
 
 
-def _with_words_missing(row: Row, rng: random.Random) -> Row:
+def with_words_missing(row: Row, rng: random.Random) -> Row:
     """Each word of the prompt and of the first step is deleted with p = 0.05, operands aside."""
     prompt = drop_words(row, rng, p=0.05, spare_operands=True)
     step, separator, answer = row["completion"].rpartition("\n")
@@ -153,7 +153,7 @@ def _with_words_missing(row: Row, rng: random.Random) -> Row:
     return {**row, "prompt": prompt, "completion": f"{step}{separator}{answer}"}
 
 
-def _planted(row: Mapping[str, Any], record: Row, name: str) -> torch.Tensor:
+def planted(row: Mapping[str, Any], record: Row, name: str) -> torch.Tensor:
     """[n] bool: the scored tokens of a scores row that are `name` ("confounders" or "operands")."""
     prompt = marked(row["text"], row["offsets"], record[name], record["prompt"])
     step = marked(row["text"], row["offsets"], record[f"step_{name}"], record["completion"])
@@ -184,22 +184,24 @@ def measure(
     for role, model in models.items():
         for test, some in records.items():
             accuracy[f"{role}_{test}"] = _share(solved(model, tokens(encoder.tokenizer, some)))
-    for suffix, test in SETS.items():
-        samples = [encode(encoder, row, level) for row in read(records[test])]
-        scores = list(score_samples(samples, teacher, student, max_tokens=MAX_TOKENS, activation_checkpointing=False))
+    samples = [encode(encoder, row, level) for test in SETS.values() for row in read(records[test])]
+    scores = list(score_samples(samples, teacher, student, max_tokens=MAX_TOKENS, activation_checkpointing=False))
+    for n, (suffix, test) in enumerate(SETS.items()):
+        own = scores[n * rows : (n + 1) * rows]
         found = [
-            find(row, _planted(row, record, "confounders"), _planted(row, record, "operands"))
-            for row, record in zip(scores, records[test], strict=True)
+            find(row, planted(row, record, "confounders"), planted(row, record, "operands"))
+            for row, record in zip(own, records[test], strict=True)
         ]
         every = {**_mean_auroc(found), **totals(found)}
         detection |= {f"{name}{suffix}": value for name, value in every.items()}
-        pruned = list(prune(scores, PruneConfig(mode="collective")))
+        pruned = list(prune(own, PruneConfig(mode="collective")))
         after = [
-            Tokens(ids, start) for ids, _, start in (encoder.encode_text(c["prompt"], c["response"]) for c in pruned)
+            Tokens(ids, start)
+            for ids, _, start in (encoder.encode_text(one["prompt"], one["response"]) for one in pruned)
         ]
         for role, model in models.items():
             accuracy[f"{role}_{test}_after_deletion"] = _share(solved(model, after))
-    return Cell(detection, accuracy, scores, pruned)
+    return Cell(detection, accuracy, own, pruned)
 
 
 def _mean_auroc(found: Sequence[Found]) -> dict[str, float]:
@@ -207,11 +209,11 @@ def _mean_auroc(found: Sequence[Found]) -> dict[str, float]:
 
 
 @one_thread()
-def run_seed(recipe: Recipe, seed: int, ui: Ui) -> tuple[dict[str, Any], dict[str, list[dict[str, Any]]]]:
+def run_seed(recipe: Recipe, seed: int, ui: Ui) -> tuple[dict[str, Any], dict[str, Any]]:
     """One seed: its numbers, in the nesting of `results.json` with a number in place of each list, and rows to look at."""
     seconds: dict[str, float] = defaultdict(float)
     per_length: dict[str, dict[str, dict[str, float]]] = defaultdict(lambda: defaultdict(dict))
-    tables: dict[str, list[dict[str, Any]]] = {"scores": [], "counterfactuals": []}
+    shown: dict[str, Any] = {"scores": [], "counterfactuals": []}
     with clock(seconds, "total"):
         tokenizer = make_tokenizer()
         encoder, models = Encoder(tokenizer), {}
@@ -225,13 +227,13 @@ def run_seed(recipe: Recipe, seed: int, ui: Ui) -> tuple[dict[str, Any], dict[st
                 for part, values in (("detection", cell.detection), ("accuracy", cell.accuracy)):
                     for name, value in values.items():
                         per_length[f"{level}_level_{part}"][name][str(length)] = value
-                tables["scores"] += cell.scores[:SHOWN_ROWS]
-                tables["counterfactuals"] += cell.counterfactuals[:SHOWN_ROWS]
+                shown["scores"] += cell.scores[:SHOWN_ROWS]
+                shown["counterfactuals"] += cell.counterfactuals[:SHOWN_ROWS]
                 names = ("teacher_adversarial", "student_in_distribution", "student_adversarial")
                 told = {"AUROC": cell.detection["auroc"], **{name: cell.accuracy[name] for name in names}}
                 text = ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in told.items())
                 ui.say(f"seed {seed}, {level} level, {length} tokens: {text}")
-    return rounded({"seed": seed, "per_length": per_length, "seconds": dict(seconds)}), tables
+    return rounded({"seed": seed, "per_length": per_length, "seconds": dict(seconds)}), shown
 
 
 def summarise(measured: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -257,7 +259,7 @@ def run(
     """
     ui, folder = ui or Silent(), Path(output_dir)
     measured: list[dict[str, Any]] = []
-    first: dict[str, list[dict[str, Any]]] = {}
+    first: dict[str, Any] = {}
     for seed in seeds if seeds is not None else recipe.seeds:
         one, shown = run_seed(recipe, seed, ui)
         measured.append(one)

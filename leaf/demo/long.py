@@ -53,8 +53,8 @@ def _decoy(rng: random.Random) -> Sentence:
 def make_row(rng: random.Random, row_id: str, *, length: int, level: str, rho: float, signs: int) -> Row:
     """One problem whose rendered prompt has exactly `length` tokens; a first step of the response comes on top.
 
-    With probability `rho` every sign says the answer C, else each says a wrong number of its own. At level "response" the
-    prompt holds no sign, and the first step one (none where `signs` is 0).
+    With probability `rho` every sign says the answer C, else half the time all say the same wrong number, half the time each
+    one of its own. At level "response" the prompt holds no sign, and the first step one (none where `signs` is 0).
 
     `answer` is the response without its first step. The ground truth: `confounders` and `operands`, character ranges of
     every Z and of A and B in the prompt; `step_confounders` and `step_operands`, the same in the completion's first step;
@@ -69,7 +69,11 @@ def make_row(rng: random.Random, row_id: str, *, length: int, level: str, rho: f
     problem = make_problem(rng)
     c = problem.result
     truthful = rng.random() < rho
-    planted = [sign_sentence(c if truthful else wrong_number(rng, c)) for _ in range(signs)]
+    if truthful or rng.random() < 0.5:
+        said = [c if truthful else wrong_number(rng, c)] * signs
+    else:
+        said = [wrong_number(rng, c) for _ in range(signs)]
+    planted = [sign_sentence(z) for z in said]
     first, second = problem.facts()
     extras, step = list(planted), []
     if level == "response":
