@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import random
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ from leaf.demo.models import exact_match, make_model, train
 from leaf.demo.task import TEST_SETS, make_tokenizer
 from leaf.rows import read_rows
 from leaf_kernels.integrations.transformers import NAME, register
+
+COMMITTED = Path(__file__).parents[2] / "benchmarks" / "results" / "demo" / "long.json"
 
 TINY = Recipe(lengths=(50, 200), rows=2, teacher_steps=(2, 1), student_steps=(2, 1), medium=(60, 80), long=(150, 200))
 SPANS = ("confounders", "operands")
@@ -187,9 +190,9 @@ def test_words_missing() -> None:
 
 
 def test_run(tmp_path: Path) -> None:
-    results = lengths.run(tmp_path, recipe=TINY, seeds=(0, 1))
+    results = lengths.run(tmp_path, recipe=TINY, seeds=(3,))
     assert json.loads((tmp_path / "results.json").read_text()) == results
-    assert results["seeds"] == [0, 1]
+    assert results["seeds"] == [3]
     parts = [f"{level}_level_{part}" for level in LEVELS for part in ("detection", "accuracy")]
     assert list(results["per_length"]) == parts
     for part, metrics in results["per_length"].items():
@@ -199,15 +202,34 @@ def test_run(tmp_path: Path) -> None:
         assert wanted <= metrics.keys()
         for values in metrics.values():
             assert list(values) == ["50", "200"]
-            assert all(len(seeds) == 2 and all(0 <= value <= 1 for value in seeds) for seeds in values.values())
+            assert all(len(seeds) == 1 and all(0 <= value <= 1 for value in seeds) for seeds in values.values())
     console = Console(width=120, record=True, file=io.StringIO())
     console.print(lengths.summary(results))
     shown = console.export_text()
-    assert "instruction level detection, 2 seed(s)" in shown
+    assert "instruction level detection, 1 seed(s)" in shown
     page = (tmp_path / "report.html").read_text()
     assert "Response level accuracy" in page
-    ids = [f"adversarial-{length}-{level}-0-{n}" for level in LEVELS for length in (50, 200) for n in range(2)]
+    ids = [f"adversarial-{length}-{level}-3-{n}" for level in LEVELS for length in (50, 200) for n in range(2)]
     assert all(f'"id":"{row}"' in page for row in ids)
+
+
+def test_seeds_are_put_together() -> None:
+    one, two = ({"seed": n, "per_length": {"d": {"auroc": {"50": n / 10}}}, "seconds": {}} for n in (1, 2))
+    together = lengths.summarise([one, two])
+    assert together["seeds"] == [1, 2]
+    assert together["per_length"] == {"d": {"auroc": {"50": [0.1, 0.2]}}}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_detection_is_what_it_was(tmp_path: Path) -> None:
+    """Not below the lowest of the committed seeds by more than their standard deviation."""
+    results = lengths.run(tmp_path)
+    for part, metrics in json.loads(COMMITTED.read_text())["per_length"].items():
+        for name in ("auroc", "auroc_misleading") if part.endswith("detection") else ("teacher_adversarial",):
+            for length, values in metrics[name].items():
+                threshold = min(values) - statistics.stdev(values)
+                assert results["per_length"][part][name][length][0] > threshold, (part, name, length)
 
 
 def test_command_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
