@@ -78,8 +78,8 @@ def by_length(results: dict[str, Any]) -> str:
     """Every table of the long task, a column per length."""
     minutes = statistics.mean(results["seconds"]["processor"]) / 60
     parts = [
-        f"Mean ± sd over {len(results['seeds'])} seeds ({', '.join(map(str, results['seeds']))}), `leaf demo --task long`; a seed "
-        f"takes {minutes:.1f} minutes of one core."
+        f"Mean ± sd over seeds {', '.join(map(str, results['seeds']))}, `leaf demo --task long`; a seed takes "
+        f"{minutes:.1f} minutes of one core."
     ]
     for name, metrics in results["per_length"].items():
         header = [name.replace("_", " "), *(f"{length} tokens" for length in next(iter(metrics.values())))]
@@ -97,8 +97,8 @@ def long_readme(results: dict[str, Any]) -> str:
 
     lengths = list(results["per_length"]["instruction_level_detection"]["auroc"])
     return (
-        f"`leaf demo --task long` buries the same problems, with several signs, in prompts of up to {lengths[-1]} tokens, and measures "
-        f"detection only: from {lengths[0]} to {lengths[-1]} tokens the AUROC of misleading signs goes "
+        f"`leaf demo --task long` buries the same problems, with several signs, in up to {lengths[-1]} tokens, and "
+        f"measures detection only: from {lengths[0]} to {lengths[-1]} tokens the AUROC of misleading signs goes "
         f"{between('instruction', 'auroc_misleading')} (the student's gradient alone: "
         f"{between('instruction', 'auroc_student_gradient_misleading')}), of one in the response "
         f"{between('response', 'auroc_misleading')} (mean of {len(results['seeds'])} seeds)."

@@ -186,11 +186,11 @@ def measure(
             accuracy[f"{role}_{test}"] = _share(solved(model, tokens(encoder.tokenizer, some)))
     samples = [encode(encoder, row, level) for test in SETS.values() for row in read(records[test])]
     scores = list(score_samples(samples, teacher, student, max_tokens=MAX_TOKENS, activation_checkpointing=False))
-    for n, (suffix, test) in enumerate(SETS.items()):
-        own = scores[n * rows : (n + 1) * rows]
+    for suffix, test in SETS.items():
+        truth = {record["id"]: record for record in records[test]}
+        own = [row for row in scores if row["id"] in truth]
         found = [
-            find(row, planted(row, record, "confounders"), planted(row, record, "operands"))
-            for row, record in zip(own, records[test], strict=True)
+            find(row, *(planted(row, truth[row["id"]], name) for name in ("confounders", "operands"))) for row in own
         ]
         every = {**_mean_auroc(found), **totals(found)}
         detection |= {f"{name}{suffix}": value for name, value in every.items()}

@@ -6,6 +6,7 @@ import io
 import json
 import random
 import statistics
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -162,6 +163,47 @@ def test_detection(length: int, level: str) -> None:
         "operands_flagged": pytest.approx(early_operands / flagged),
         "operands_flagged_student_gradient": pytest.approx(int(operands[places[-flagged:]].sum()) / flagged),
     }
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("length", [50, 200])
+def test_measure(length: int, level: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Planted tokens are the lowest where the rows are drawn as usual, the highest where the signs mislead."""
+    records = {row["id"]: row for test in TEST_SETS for row in make_rows(test, 3, 0, length=length, level=level)}
+    asked: list[list[Tokens]] = []
+
+    def score_samples(samples: list[Sample], *models: Any, **options: Any) -> Iterator[dict[str, Any]]:
+        for one in samples:
+            row = {**one.__dict__, "status": "ok"}
+            signs = lengths.planted(row, records[one.id], "confounders").tolist()
+            low = 0.0 if one.id.startswith("in_distribution") else 1.0
+            others = [0.1 + n / 1000 for n in range(len(signs))]
+            score = [(low if s else other) if ok else None for s, other, ok in zip(signs, others, one.scored)]
+            yield {**row, "score": score, "student_norm": score, "teacher_norm": score}
+
+    def solved(model: Any, items: list[Tokens]) -> list[bool]:
+        asked.append(items)
+        return [True, False, False]
+
+    monkeypatch.setattr(lengths, "score_samples", score_samples)
+    monkeypatch.setattr(lengths, "solved", solved)
+    model = make_model(make_tokenizer(), 16, seed=0)
+    cell = lengths.measure({"teacher": model, "student": model}, Encoder(make_tokenizer()), level, length, 3, 0)
+
+    assert cell.detection["auroc"] == cell.detection["auroc_student_gradient_misleading"] == 1
+    assert cell.detection["auroc_misleading"] == cell.detection["auroc_student_gradient"] == 0
+    assert cell.detection["recall"] == 1
+    assert cell.detection["recall_misleading"] == 0
+    assert [row["id"] for row in cell.scores] == [f"adversarial-{length}-{level}-0-{n}" for n in range(3)]
+    assert set(cell.accuracy.values()) == {1 / 3}
+
+    samples = {name: sample(record) for name, record in records.items()}
+    full = [[samples[f"{test}-{length}-{level}-0-{n}"] for n in range(3)] for test in TEST_SETS]
+    before = [[len(one.input_ids) for one in items] for items in full]
+    flags = [[int(0.05 * sum(one.scored)) + 1 for one in items] for items in full[:2]]
+    after = [[n - flagged for n, flagged in zip(*pair)] for pair in zip(before, flags)]
+    wanted = [*before, *before, after[0], after[0], after[1], after[1]]  # of teacher and student
+    assert [[len(one.input_ids) for one in items] for items in asked] == wanted
 
 
 def test_solved_is_exact_match() -> None:
