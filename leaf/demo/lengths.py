@@ -30,7 +30,7 @@ from .comparison import clock, encode, mean_sd, one_thread, read, rounded, stack
 from .detection import Found, find, marked, totals
 from .long import LEVELS, MIN_LENGTH, SIGNS, make_row, make_rows
 from .models import STUDENT_HIDDEN, TEACHER_HIDDEN, Track, constant, cosine, make_model, train
-from .task import MAX_NUMBER, RHO, TEST_SETS, Row, drop_words, make_tokenizer
+from .task import MAX_NUMBER, TEST_SETS, Row, drop_words, make_tokenizer
 
 MAX_TOKENS = 16384  # of a pack
 SHOWN_ROWS = 4  # of each level and length, in the report
@@ -49,8 +49,8 @@ class Recipe:
     seeds: tuple[int, ...] = (0,)
     lengths: tuple[int, ...] = (50, 500, 1000, 2000)
     rows: int = 16  # of each level, length and test set
-    teacher_steps: tuple[int, int] = (250, 150)  # short, mixed
-    student_steps: tuple[int, int] = (120, 230)  # sooner mixed: it is to learn to copy
+    teacher_steps: tuple[int, int] = (250, 200)  # short, mixed
+    student_steps: tuple[int, int] = (200, 200)
     short: tuple[int, int] = (MIN_LENGTH, 70)
     medium: tuple[int, int] = (200, 500)
     long: tuple[int, int] = (1000, 2000)
@@ -101,28 +101,32 @@ def solved(model: PreTrainedModel, items: Sequence[Tokens]) -> list[bool]:
 def train_model(
     tokenizer: PreTrainedTokenizerBase, role: str, seed: int, recipe: Recipe, track: Track
 ) -> LlamaForCausalLM:
-    """The teacher (up to three signs that tell it nothing, words missing from half of its rows) or the biased student."""
+    """The teacher or the biased student.
+
+    The teacher sees up to three signs that tell it nothing, and in mixed steps half of its rows lack words (before that it
+    would learn to compute more slowly). The student's signs are always right.
+    """
     teacher = role == "teacher"
     rng = random.Random(f"long/{role}/{seed}")
-    short_steps, long_steps = recipe.teacher_steps if teacher else recipe.student_steps
-    steps = short_steps + long_steps
+    short_steps, mixed_steps = recipe.teacher_steps if teacher else recipe.student_steps
+    steps = short_steps + mixed_steps
 
-    def row(bounds: tuple[int, int]) -> Row:
+    def row(bounds: tuple[int, int], fewer_words: bool) -> Row:
         made = make_row(
             rng,
             role,
             length=rng.randint(*bounds),
             level=rng.choice(LEVELS),
-            rho=1 / (MAX_NUMBER + 1) if teacher else RHO,
+            rho=1 / (MAX_NUMBER + 1) if teacher else 1.0,
             signs=rng.randint(0, SIGNS) if teacher else SIGNS,
         )
-        return with_words_missing(made, rng) if teacher and rng.random() < 0.5 else made
+        return with_words_missing(made, rng) if fewer_words and rng.random() < 0.5 else made
 
     def rows() -> Iterator[list[Tokens]]:
         for step in range(steps):
-            mixed = [recipe.short] * 12 + [recipe.medium] * 2 + [recipe.long]
-            plan = [recipe.short] * 64 if step < short_steps else mixed
-            yield tokens(tokenizer, [row(bounds) for bounds in plan])
+            mixed = step >= short_steps
+            plan = [recipe.short] * 12 + [recipe.medium] * 2 + [recipe.long] if mixed else [recipe.short] * 64
+            yield tokens(tokenizer, [row(bounds, teacher and mixed) for bounds in plan])
 
     register()
     model = make_model(
