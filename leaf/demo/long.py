@@ -29,7 +29,7 @@ from .task import (
 
 LEVELS = ("instruction", "response")
 SIGNS = 3
-MIN_LENGTH = 50  # the facts, the question, three signs, and something between them
+MIN_LENGTH = 40  # the facts, the question, three signs, and a sentence between them
 
 # Words of the short task in other combinations: its tokenizer knows them.
 _THINGS = ["the sky", "the dog", "the grass", "rain", *NAMES]

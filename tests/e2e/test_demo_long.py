@@ -109,7 +109,7 @@ def test_rows_are_the_same_on_every_machine() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"length": 49}, "length must be at least 50 tokens, got 49"),
+        ({"length": 39}, "length must be at least 40 tokens, got 39"),
         ({"length": 50, "level": "step"}, "level must be one of instruction, response, got 'step'"),
     ],
 )
@@ -224,11 +224,16 @@ def test_solved_is_exact_match() -> None:
 
 def test_words_missing() -> None:
     (row,) = make_rows("corpus", 1, 0, length=500, level="response")
-    fewer = lengths.with_words_missing(row, random.Random(0))
-    assert 440 < len(fewer["prompt"].split()) < 490
-    assert set(cut(row["prompt"], row["operands"])) <= set(fewer["prompt"].split())
-    assert fewer["completion"].endswith(f"\n{row['answer']}")
-    assert len(tokens(make_tokenizer(), [fewer])[0].input_ids) < len(tokens(make_tokenizer(), [row])[0].input_ids)
+    rng, steps = random.Random(0), set()
+    for _ in range(20):
+        fewer = lengths.with_words_missing(row, rng)
+        assert 440 < len(fewer["prompt"].split()) < 498
+        step, separator, answer = fewer["completion"].rpartition("\n")
+        assert (separator, answer) == ("\n", row["answer"])
+        assert row["answer"].split()[0] in step.split(), "operands stay"
+        steps.add(len(step.split()))
+    full = len(row["completion"].partition("\n")[0].split())
+    assert full - 5 <= min(steps) < max(steps) <= full
 
 
 def test_run(tmp_path: Path) -> None:
@@ -275,11 +280,6 @@ def test_detection_is_what_it_was(tmp_path: Path) -> None:
 
 
 def test_command_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    assert main(["demo", "--task", "long", "--preset", "full"]) == 2
-    assert "--preset is for --task short" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        main(["demo", "--task", "longer"])
-
     asked: dict[str, Any] = {}
 
     def run(folder: str, **options: Any) -> dict[str, Any]:
@@ -287,6 +287,12 @@ def test_command_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mo
         return {"seeds": [4], "per_length": {"response_level_detection": {"auroc": {"50": [0.5]}}}}
 
     monkeypatch.setattr(lengths, "run", run)
+    assert main(["demo", "--task", "long", "--preset", "full"]) == 2
+    assert "--preset is for --task short" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["demo", "--task", "longer"])
+
+    assert not asked
     assert main(["demo", "--task", "long", "--seeds", "4", "--output-dir", "there"]) == 0
     assert (asked["folder"], asked["seeds"]) == ("there", [4])
     assert "response level detection, 1 seed(s)" in " ".join(capsys.readouterr().err.split())
