@@ -28,7 +28,7 @@ from ..run import Silent, Ui
 from ..score import batches, score_samples
 from .comparison import clock, encode, mean_sd, one_thread, read, rounded, stack, write_json
 from .detection import Found, find, marked, totals
-from .long import LEVELS, MIN_LENGTH, SIGNS, make_row, make_rows
+from .long import LEVELS, SIGNS, make_row, make_rows, shortest
 from .models import STUDENT_HIDDEN, TEACHER_HIDDEN, Track, constant, cosine, make_model, train
 from .task import MAX_NUMBER, TEST_SETS, Row, drop_words, make_tokenizer
 
@@ -49,9 +49,9 @@ class Recipe:
     seeds: tuple[int, ...] = (0,)
     lengths: tuple[int, ...] = (50, 500, 1000, 2000)
     rows: int = 16  # of each level, length and test set
-    teacher_steps: tuple[int, int] = (250, 200)  # short, mixed
+    teacher_steps: tuple[int, int] = (300, 200)  # short, mixed
     student_steps: tuple[int, int] = (200, 200)
-    short: tuple[int, int] = (MIN_LENGTH, 70)
+    short: tuple[int, int] = (24, 40)
     medium: tuple[int, int] = (200, 500)
     long: tuple[int, int] = (1000, 2000)
 
@@ -112,14 +112,10 @@ def train_model(
     steps = short_steps + mixed_steps
 
     def row(bounds: tuple[int, int], fewer_words: bool) -> Row:
-        made = make_row(
-            rng,
-            role,
-            length=rng.randint(*bounds),
-            level=rng.choice(LEVELS),
-            rho=1 / (MAX_NUMBER + 1) if teacher else 1.0,
-            signs=rng.randint(0, SIGNS) if teacher else SIGNS,
-        )
+        level, signs = rng.choice(LEVELS), rng.randint(0, SIGNS) if teacher else SIGNS
+        length = max(rng.randint(*bounds), shortest(level, signs))
+        rho = 1 / (MAX_NUMBER + 1) if teacher else 1.0
+        made = make_row(rng, role, length=length, level=level, rho=rho, signs=signs)
         return with_words_missing(made, rng) if fewer_words and rng.random() < 0.5 else made
 
     def rows() -> Iterator[list[Tokens]]:

@@ -29,7 +29,6 @@ from .task import (
 
 LEVELS = ("instruction", "response")
 SIGNS = 3
-MIN_LENGTH = 40  # the facts, the question, three signs, and a sentence between them
 
 # Words of the short task in other combinations: its tokenizer knows them.
 _THINGS = ["the sky", "the dog", "the grass", "rain", *NAMES]
@@ -50,6 +49,11 @@ def _decoy(rng: random.Random) -> Sentence:
     return plain(f"{rng.choice(NAMES)} is {rng.randint(0, MAX_NUMBER)} years old .")
 
 
+def shortest(level: str, signs: int = SIGNS) -> int:
+    """The least length of a prompt: <bos>, facts, question, <ans>, the signs, and one sentence that does not matter."""
+    return 2 + 5 + 6 + 8 + _SHORTEST + (5 * signs if level == "instruction" else 0)
+
+
 def make_row(rng: random.Random, row_id: str, *, length: int, level: str, rho: float, signs: int) -> Row:
     """One problem whose rendered prompt has exactly `length` tokens; a first step of the response comes on top.
 
@@ -62,10 +66,8 @@ def make_row(rng: random.Random, row_id: str, *, length: int, level: str, rho: f
     """
     if level not in LEVELS:
         raise ValueError(f"long: level must be one of {', '.join(LEVELS)}, got {level!r}")
-    if length < MIN_LENGTH:
-        raise ValueError(
-            f"long: length must be at least {MIN_LENGTH} tokens, got {length}; `task` makes shorter prompts"
-        )
+    if length < shortest(level, signs):
+        raise ValueError(f"long: length must be at least {shortest(level, signs)} tokens here, got {length}")
     problem = make_problem(rng)
     c = problem.result
     truthful = rng.random() < rho
@@ -77,7 +79,7 @@ def make_row(rng: random.Random, row_id: str, *, length: int, level: str, rho: f
     first, second = problem.facts()
     extras, step = list(planted), []
     if level == "response":
-        extras, step = [], [*planted[:1], _decoy(rng), _filler(rng, MIN_LENGTH), first]
+        extras, step = [], [*planted[:1], _decoy(rng), _filler(rng, 9), first]
         rng.shuffle(step)
 
     question = problem.question()

@@ -18,7 +18,7 @@ from leaf.data import Encoder, Row, Sample
 from leaf.demo import lengths
 from leaf.demo.detection import find, totals
 from leaf.demo.lengths import Recipe, Tokens, predict, solved, tokens
-from leaf.demo.long import LEVELS, MIN_LENGTH, SIGNS, make_rows
+from leaf.demo.long import LEVELS, SIGNS, make_rows
 from leaf.demo.models import exact_match, make_model, train
 from leaf.demo.task import TEST_SETS, make_tokenizer
 from leaf.rows import read_rows
@@ -44,7 +44,7 @@ def cut(text: str, spans: list[list[int]]) -> list[str]:
 
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("name", [*TEST_SETS, "corpus"])
-@pytest.mark.parametrize("length", [MIN_LENGTH, 53, 500, 2000])
+@pytest.mark.parametrize("length", [39, 40, 41, 53, 500, 2000])
 def test_ground_truth(name: str, length: int, level: str) -> None:
     rows = make_rows(name, 40 if length < 500 else 10, 3, length=length, level=level)
     for row in rows:
@@ -75,7 +75,7 @@ def test_ground_truth(name: str, length: int, level: str) -> None:
 
 
 def test_signs_are_right_at_the_rate_of_the_short_task() -> None:
-    rows = make_rows("corpus", 600, 0, length=MIN_LENGTH)
+    rows = make_rows("corpus", 600, 0, length=40)
     assert sum(row["misleading"] for row in rows) / 600 == pytest.approx(0.05, abs=0.03)
     said = [set(cut(row["prompt"], row["confounders"])) for row in make_rows("adversarial", 80, 0, length=50)]
     assert 25 <= sum(len(numbers) == 1 for numbers in said) <= 55, "half of the time wrong signs agree"
@@ -109,7 +109,8 @@ def test_rows_are_the_same_on_every_machine() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"length": 39}, "length must be at least 40 tokens, got 39"),
+        ({"length": 38}, "length must be at least 39 tokens here, got 38"),
+        ({"length": 23, "level": "response"}, "length must be at least 24 tokens here, got 23"),
         ({"length": 50, "level": "step"}, "level must be one of instruction, response, got 'step'"),
     ],
 )
