@@ -101,7 +101,8 @@ def long_readme(results: dict[str, Any]) -> str:
         f"measures detection only: from {lengths[0]} to {lengths[-1]} tokens the AUROC of misleading signs goes "
         f"{between('instruction', 'auroc_misleading')} (the student's gradient alone: "
         f"{between('instruction', 'auroc_student_gradient_misleading')}), of one in the response "
-        f"{between('response', 'auroc_misleading')} (mean of {len(results['seeds'])} seeds)."
+        f"{between('response', 'auroc_misleading')} (mean of {len(results['seeds'])} seeds; how well the models themselves "
+        "master long prompts varies much with the seed)."
     )
 
 
