@@ -25,7 +25,8 @@ from .. import report
 from ..data import Encoder
 from ..prune import PruneConfig, prune
 from ..run import Silent, Ui
-from ..sensitivity import batches, score_samples
+from ..score import score_samples
+from ..sensitivity import batches
 from .comparison import clock, encode, mean_sd, one_thread, read, rounded, stack, write_json
 from .detection import Found, find, marked, totals
 from .long import LEVELS, SIGNS, make_row, make_rows, shortest
