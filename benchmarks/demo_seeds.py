@@ -3,12 +3,13 @@
     python benchmarks/demo_seeds.py --preset fast --seeds 0-11
     python benchmarks/demo_seeds.py --preset full --seeds 2,3,4,6,7
     python benchmarks/demo_seeds.py --preset fast --seeds 2,3,4,6,7 --any-word
+    python benchmarks/demo_seeds.py --task long --seeds 0-4
 
 Seeds that have a file are not run again, so several processes can share the work and a killed one goes on. The summary
-(`<name>.json` beside the folder of the seeds, in the form of the demo's results.json) is written after every seed, and its
-plot, `<name>.png`, at the end. `--arms` measures only those arms again, and puts them into the files that are there.
-`--any-word` trains the teacher on prompts from which any word may be missing, operands
-included: its deletions then tell it nothing about which words matter.
+(`<name>.json` beside the folder of the seeds, in the form of the demo's results.json) is written after every seed, and the
+short task's plot, `<name>.png`, at the end. `--arms` measures only those arms again, and puts them into the files that are
+there. `--any-word` trains the teacher on prompts from which any word may be missing, operands included: its deletions then
+tell it nothing about which words matter.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ import argparse
 import dataclasses
 import json
 import platform
+import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -24,6 +27,7 @@ import transformers
 from rich.console import Console
 
 from leaf import __version__
+from leaf.demo import lengths
 from leaf.demo.arms import ARMS, RECIPES
 from leaf.demo.comparison import run_seed, summarise, summary, write_json
 from leaf.plots import plot_arms
@@ -46,6 +50,7 @@ class Ui:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--task", choices=("short", "long"), default="short")
     parser.add_argument("--preset", choices=tuple(RECIPES), default="fast")
     parser.add_argument("--seeds", default="0-11", help="e.g. 0-11 or 2,3,7 (default: %(default)s)")
     parser.add_argument("--arms", nargs="+", choices=tuple(ARMS), default=())
@@ -65,6 +70,11 @@ def main() -> None:
         "threads": 1,  # run_seed's
         "processor": platform.processor() or platform.machine(),
     }
+    if arguments.task == "long":
+        if arguments.any_word or arguments.arms or arguments.preset != "fast":
+            parser.error("--preset, --arms and --any-word are for --task short")
+        write_long(seeds, environment, console)
+        return
     folder = RESULTS / name
     for seed in seeds:
         path = folder / f"seed-{seed:02d}.json"
@@ -78,13 +88,32 @@ def main() -> None:
             for part in ("arms", "counts"):
                 measured[part] |= again[part]
             write_json(path, measured)
-        every = [json.loads(path.read_text()) for path in sorted(folder.glob("seed-*.json"))]
-        environments = [one.pop("environment") for one in every]
-        distinct = [one for i, one in enumerate(environments) if one not in environments[:i]]
+        every, distinct = read_seeds(folder)
         results = {**summarise(name, every), "environments": distinct}
         write_json(RESULTS / f"{name}.json", results)
     plot_arms(results)[0].savefig(RESULTS / f"{name}.png", dpi=160)
     console.print(summary(results))
+
+
+def read_seeds(folder: Path) -> tuple[list[dict], list[dict]]:
+    """The numbers of each seed, and the distinct environments that they come from."""
+    every = [json.loads(path.read_text()) for path in sorted(folder.glob("seed-*.json"))]
+    environments = [one.pop("environment") for one in every]
+    return every, [one for i, one in enumerate(environments) if one not in environments[:i]]
+
+
+def write_long(seeds: Iterable[int], environment: dict, console: Console) -> None:
+    for seed in seeds:
+        path = RESULTS / "long" / f"seed-{seed:02d}.json"
+        if not path.exists():
+            began = time.process_time()
+            measured, _ = lengths.run_seed(lengths.RECIPE, seed, Ui(console))
+            measured["seconds"] = {"processor": round(time.process_time() - began)}  # also right where cores are shared
+            write_json(path, {**measured, "environment": environment})
+        every, distinct = read_seeds(path.parent)
+        results = {**lengths.summarise(every), "environments": distinct}
+        write_json(RESULTS / "long.json", results)
+    console.print(lengths.summary(results))
 
 
 if __name__ == "__main__":

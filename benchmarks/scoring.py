@@ -2,6 +2,7 @@
 
     python -m benchmarks.scoring                # 5 interleaved rounds of whole processes: results/scoring_cpu.json
     python -m benchmarks.scoring --memory       # 1k to 64k tokens, a quarter of an hour: results/scoring_memory.{json,png}
+    python -m benchmarks.scoring --gpu          # one row of 32k and of 128k, a model of 8B: results/<gpu>/scoring.json
 
 Two random Llamas of 67M and 97M parameters (2 layers, V = 32000, fp32) and four rows of 2400 tokens, of which 400 are the
 response. Every arm is a process of its own that loads the models from disk; memory is its high-water mark (VmHWM) and time
@@ -22,15 +23,15 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
-from benchmarks.timing import RESULTS, environment, write_json
-from leaf.data import Sample
+from benchmarks.timing import RESULTS, environment, slug, write_json
+from leaf.data import Sample, Skip
 from leaf.sensitivity import sensitivities
 from leaf_kernels.ops.linear_kl import op as linear_kl
 from leaf_kernels.testing import record_peak_bytes
@@ -113,10 +114,10 @@ ARMS: dict[str, Callable[[Path], Iterator[Norms]]] = {arm.__name__: arm for arm 
 
 def worker(arm: str, folder: Path, result: Path) -> None:
     imported = peak_mib()
-    start = time.perf_counter()
+    start, cpu_start = time.perf_counter(), time.process_time()
     norms = [norm for model in ARMS[arm](folder) for norm in model]
-    seconds = time.perf_counter() - start
-    torch.save({"norms": torch.stack(norms), "seconds": seconds, "mib": peak_mib(), "imported_mib": imported}, result)
+    times = {"seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - cpu_start}
+    torch.save({"norms": norms, **times, "mib": peak_mib(), "imported_mib": imported}, result)
 
 
 def peak_mib() -> float:
@@ -146,7 +147,8 @@ def compare() -> dict:
         arm: {name: statistics.median(each[arm][name] for each in rounds) for name in rounds[0][arm]} for arm in ARMS
     }
     ratios = {
-        arm: {name: medians[arm][name] / medians["released"][name] for name in ("mib", "seconds")} for arm in ARMS
+        arm: {name: medians[arm][name] / medians["released"][name] for name in ("mib", "seconds", "cpu_seconds")}
+        for arm in ARMS
     }
     return {"environment": environment(torch.device("cpu")), "medians": medians, "ratios": ratios, "rounds": rounds}
 
@@ -159,7 +161,7 @@ RELEASED_UP_TO = 16384  # its logits, their softmax and gradient: 6 GiB
 
 
 def one_row(tokens: int) -> Sample:
-    ids = torch.randint(VOCABULARY, (tokens,), generator=torch.Generator().manual_seed(0)).tolist()
+    ids = torch.randint(300, (tokens,), generator=torch.Generator().manual_seed(0)).tolist()
     prompt = tokens - ANSWER
     scored, offsets = [i < prompt for i in range(tokens)], [(i, i + 1) for i in range(tokens)]
     return Sample("0", "instruction", 0, "x" * tokens, prompt, ids, offsets, prompt, scored)
@@ -188,17 +190,19 @@ def peak_of(arm: Callable[[PreTrainedModel, Sample], object], tokens: int, layer
 
 
 def score_released(model: PreTrainedModel, row: Sample) -> None:
-    input_ids = torch.tensor([row.input_ids])
+    input_ids = torch.tensor([row.input_ids], device=model.device)
     labels = input_ids.clone()
     labels[:, : row.response_start] = -100
     embeddings = model.get_input_embeddings()(input_ids)
     embeddings.retain_grad()
     model(inputs_embeds=embeddings, labels=labels, use_cache=False).loss.backward()
-    embeddings.grad[0].norm(dim=-1)
+    embeddings.grad[0].norm(dim=-1).cpu()
 
 
 def score_ours(model: PreTrainedModel, row: Sample) -> None:
-    list(sensitivities(model, [row], max_tokens=1, activation_checkpointing=True))
+    (result,) = sensitivities(model, [row], max_tokens=1, activation_checkpointing=True)
+    if isinstance(result, Skip):
+        raise torch.OutOfMemoryError(result.detail)
 
 
 def memory() -> dict:
@@ -219,6 +223,51 @@ def memory() -> dict:
         "bytes_per_token": slope,
         "rows": rows,
     }
+
+
+# -- long rows on a GPU ------------------------------------------------------------------------------------------------
+
+LLAMA_8B = LlamaConfig(
+    vocab_size=128256,
+    hidden_size=4096,
+    intermediate_size=14336,
+    num_hidden_layers=32,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    max_position_embeddings=131072,
+)
+
+
+def long_rows(
+    device: torch.device, config: LlamaConfig = LLAMA_8B, lengths: Sequence[int] = (32768, 131072)
+) -> list[dict]:
+    """Tokens per second and peak GiB of one row, weights included; "out of memory" where an arm does not fit."""
+    with device:
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+    results = []
+    for tokens in lengths:
+        for name, score in (("ours", score_ours), ("released", score_released)):
+            model.requires_grad_(name == "released").set_attn_implementation("sdpa")
+            results.append({"tokens": tokens, "arm": name, **measured(score, model, one_row(tokens))})
+            model.zero_grad()
+            print(results[-1], file=sys.stderr)
+    return results
+
+
+def measured(score: Callable[[PreTrainedModel, Sample], None], model: PreTrainedModel, row: Sample) -> dict:
+    """The second call is timed: the first compiles kernels. Both end with a copy to the host."""
+    cuda = model.device.type == "cuda"
+    try:
+        score(model, row)
+        if cuda:
+            torch.cuda.reset_peak_memory_stats()
+        start = time.perf_counter()
+        score(model, row)
+        seconds = time.perf_counter() - start
+    except torch.OutOfMemoryError:
+        return {"result": "out of memory"}
+    peak = torch.cuda.max_memory_allocated() / 2**30 if cuda else None
+    return {"tokens_per_second": len(row.input_ids) / seconds, "peak_gib": peak}
 
 
 def plot_memory(result: dict, path: Path) -> None:
@@ -247,6 +296,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--worker", nargs=3, help=argparse.SUPPRESS)
     parser.add_argument("--memory", action="store_true", help="memory against length")
+    parser.add_argument("--gpu", action="store_true", help="long rows on a GPU")
     arguments = parser.parse_args()
     if arguments.worker:
         arm, folder, result = arguments.worker
@@ -256,6 +306,13 @@ def main() -> None:
         result = memory()
         write_json(RESULTS / "scoring_memory.json", result)
         plot_memory(result, RESULTS / "scoring_memory.png")
+        return
+    if arguments.gpu:
+        if not torch.cuda.is_available():
+            raise SystemExit("benchmarks.scoring --gpu: torch sees no GPU")
+        device = torch.device("cuda")
+        result = {"environment": environment(device), "rows": long_rows(device)}
+        write_json(RESULTS / slug(torch.cuda.get_device_name(device)) / "scoring.json", result)
         return
     result = compare()
     write_json(RESULTS / "scoring_cpu.json", result)

@@ -74,6 +74,38 @@ def detection(results: dict[str, Any]) -> str:
     return markdown(["detection of the planted token", "mean ± sd"], rows)
 
 
+def by_length(results: dict[str, Any]) -> str:
+    """Every table of the long task, a column per length."""
+    minutes = statistics.mean(results["seconds"]["processor"]) / 60
+    parts = [
+        f"Mean ± sd over seeds {', '.join(map(str, results['seeds']))}, `leaf demo --task long`; a seed takes "
+        f"{minutes:.1f} minutes of one core."
+    ]
+    for name, metrics in results["per_length"].items():
+        header = [name.replace("_", " "), *(f"{length} tokens" for length in next(iter(metrics.values())))]
+        rows = [[metric.replace("_", " "), *map(mean_sd, values.values())] for metric, values in metrics.items()]
+        parts.append(markdown(header, rows))
+    return "\n\n".join(parts)
+
+
+def long_readme(results: dict[str, Any]) -> str:
+    """AUROC on misleading rows at the shortest and the longest prompts, for the README."""
+
+    def between(level: str, metric: str) -> str:
+        values = list(results["per_length"][f"{level}_level_detection"][metric].values())
+        return f"{statistics.mean(values[0]):.2f} → {statistics.mean(values[-1]):.2f}"
+
+    lengths = list(results["per_length"]["instruction_level_detection"]["auroc"])
+    return (
+        f"`leaf demo --task long` buries the same problems, with several signs, in up to {lengths[-1]} tokens, and "
+        f"measures detection only: from {lengths[0]} to {lengths[-1]} tokens the AUROC of misleading signs goes "
+        f"{between('instruction', 'auroc_misleading')} (the student's gradient alone: "
+        f"{between('instruction', 'auroc_student_gradient_misleading')}), of one in the response "
+        f"{between('response', 'auroc_misleading')} (mean of {len(results['seeds'])} seeds; how well the models themselves "
+        "master long prompts varies much with the seed)."
+    )
+
+
 def gpu_attention(results: Path = RESULTS) -> str:
     header = ["goal", "case", "mode", "against", "split", "fused", "wanted", "stretch", "verdict"]
     return gpu_goals(results, "attention", header, goal_row)
@@ -204,6 +236,8 @@ def documents() -> dict[Path, dict[str, str]]:
                 paired(any_word),
             ]
         )
+    long = load("demo/long")
+    blocks |= {"demo-long": by_length(long), "demo-long-readme": long_readme(long)}
     gsm8k = load("packing/gsm8k")
     docs = ROOT / "docs"
     return {

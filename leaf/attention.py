@@ -49,6 +49,7 @@ def _shares(model: PreTrainedModel, batch: Sequence[Marked]) -> Iterator[float]:
     queries = [item.response_start - 1 <= i < length - 1 for item, length in zip(batch, lengths) for i in range(length)]
     recorder = MassRecorder(torch.tensor(queries, device=model.device))
     model.base_model(**packed_inputs(layout, input_ids), mass=recorder)
-    mass = torch.stack([layer.mean(0) for layer in recorder.layers]).mean(0)  # [N], over heads and layers
+    layers = [layer.mean(0).to(marked.device) for layer in recorder.layers]
+    mass = torch.stack(layers).mean(0)  # [N], over heads and layers
     for item, share in zip(batch, (mass * marked).split(lengths)):
         yield float(share.sum()) / (len(item.input_ids) - item.response_start)

@@ -85,7 +85,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return arguments.command(arguments)
     except expected as error:
-        hint = " (`pip install 'leaf-kernels[distill]'` installs it)" if isinstance(error, ImportError) else ""
+        missing = isinstance(error, ModuleNotFoundError)
+        hint = " (`pip install 'leaf-kernels[distill]'` installs it)" if missing else ""
         print(f"leaf {arguments.name}: {' '.join(str(error).split())}{hint}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -118,10 +119,19 @@ def _parser() -> _Parser:
 
     demo = command("demo", "the whole method on a built-in task, on a CPU, without downloads", _demo)
     demo.add_argument(
-        "--preset", choices=("fast", "full"), default="fast", help="one seed and four arms, or everything"
+        "--task",
+        choices=("short", "long"),
+        default="short",
+        help="short: distil on prompts of 35 tokens, arm by arm; long: how detection depends on the length of the prompt, "
+        "50 to 2000 tokens with several signs, without distillation (default: short)",
+    )
+    demo.add_argument(
+        "--preset",
+        choices=("fast", "full"),
+        help="of --task short: one seed and four arms (default: fast), or everything",
     )
     demo.add_argument("--output-dir", default="out", help="where results, report and models go (default: out)")
-    demo.add_argument("--seeds", type=int, nargs="+", metavar="SEED", help="other seeds than the preset's")
+    demo.add_argument("--seeds", type=int, nargs="+", metavar="SEED", help="other seeds than the task's")
     add_arguments(
         command(
             "doctor", "check this machine and, when given, a pair of models and rows, before hours are spent", _doctor
@@ -150,9 +160,15 @@ def _parser() -> _Parser:
 def _demo(arguments: argparse.Namespace) -> int:
     from . import demo
 
+    if arguments.task == "long" and arguments.preset:
+        raise ValueError("--preset is for --task short; --task long has one size, and --seeds for more seeds")
     terminal = Terminal()
-    results = demo.run(arguments.preset, arguments.output_dir, seeds=arguments.seeds, ui=terminal)
-    terminal.console.print(demo.summary(results))
+    shared: dict[str, Any] = {"seeds": arguments.seeds, "ui": terminal}
+    if arguments.task == "long":
+        shown = demo.lengths.summary(demo.lengths.run(arguments.output_dir, **shared))
+    else:
+        shown = demo.summary(demo.run(arguments.preset or "fast", arguments.output_dir, **shared))
+    terminal.console.print(shown)
     terminal.say(f"demo: {arguments.output_dir}/report.html and {arguments.output_dir}/results.json")
     return 0
 
@@ -177,16 +193,11 @@ def _estimate(arguments: argparse.Namespace) -> int:
 
     console, workload = Console(highlight=False), None
     if config.data:
-        rows = list(run.read(config, config.data))
-        units = [
-            unit
-            for row in rows
-            for unit in (stages.encoded(run.Run(config), [row]) if isinstance(row, run.Row) else [row])
-        ]
-        samples = estimate.count(units, config.max_tokens, console)
-        if not samples:
+        units = stages.encoded(run.Run(config), run.read(config, config.data))
+        estimate.count(units, config.max_tokens, console)
+        if all(isinstance(unit, run.Skip) for unit in units):
             raise ValueError("none of the rows of --data can be used; see --max-length")
-        workload = estimate.Workload.of(samples, config.max_tokens)
+        workload = estimate.Workload.of(units, "student", config.max_tokens)
     estimator = estimate.estimator_of(config, workload)
     estimate.report(estimator, estimator.all(), console)
     return 0

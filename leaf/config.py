@@ -83,6 +83,18 @@ class RunConfig:
         "dtype of frozen models: auto = bfloat16 on a GPU, float32 on a CPU",
         "select score verify eval estimate",
     )
+    device_map: Literal["auto", "balanced", "balanced_low_0", "sequential"] | None = _option(
+        None,
+        "spread a model over the GPUs of one process (accelerate's device_map)",
+        "select score verify eval",
+        key=False,
+    )
+    teacher_quantization: Literal["8bit", "4bit"] | None = _option(
+        None, "quantize the teacher when it is loaded (bitsandbytes)", "select score verify distill"
+    )
+    shard_teacher: bool = _option(
+        False, "under accelerate launch: score with a teacher whose layers are shared by the ranks", "score", key=False
+    )
     seed: int = _option(0, "seed of controls, sampling order and training", "prune distill")
 
     limit: int | None = _option(None, "read only so many rows", _ROWS)
@@ -335,6 +347,14 @@ def _check(c: RunConfig) -> None:
     if c.template_date is not None:
         date = re.fullmatch(r"\d{4}-\d{2}-\d{2}", c.template_date)
         require(date is not None, f"template_date must be YYYY-MM-DD, got {c.template_date!r}")
+    require(
+        c.device_map is None or c.device == "auto",
+        f"device_map={c.device_map} and device={c.device} both say where models go: give one of them",
+    )
+    if c.teacher_quantization is not None:
+        q = f"teacher_quantization={c.teacher_quantization}"
+        require(c.engine != "vllm", f"{q} has no effect with engine=vllm: give a quantized checkpoint as --teacher")
+        require(not c.shard_teacher, f"{q} cannot be sharded: leave out one of teacher_quantization and shard_teacher")
     for pattern in c.protect:
         try:
             re.compile(pattern)

@@ -7,12 +7,13 @@
 from __future__ import annotations
 
 import bisect
+import copy
 import datetime
 import functools
 import hashlib
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -58,7 +59,8 @@ class Rendered(NamedTuple):
 
 
 class Encoder:
-    """Renders and tokenizes rows, with one template and one tokenizer (the student's) for every stage and both models.
+    """Renders and tokenizes rows, with one template and one tokenizer (the student's) for every stage and both models;
+    where the teacher's tokenizer is another one, `read_by` makes the encoder that reads the same text with it.
 
     Args:
         tokenizer: a fast tokenizer (character offsets are needed).
@@ -78,14 +80,11 @@ class Encoder:
         chat_template: str | None = None,
         date: str | None = None,
     ):
-        if not tokenizer.is_fast:
-            raise ValueError(
-                f"{type(tokenizer).__name__} is a slow tokenizer without character offsets; convert it once with "
-                "AutoTokenizer.from_pretrained(..., use_fast=True) and save_pretrained"
-            )
+        _check_fast(tokenizer)
         if truncate not in (None, "response"):
             raise ValueError(f"truncate must be None or 'response', got {truncate!r}")
         self.tokenizer, self.max_length, self.truncate = tokenizer, max_length, truncate
+        self._renderer = tokenizer  # the one whose template and special tokens write the text
         self.date = date or DEFAULT_DATE
         self.template = self._load_template(chat_template)
         if self.template is None and tokenizer.eos_token is None:
@@ -94,17 +93,24 @@ class Encoder:
         self._end_of_turn = re.compile("|".join(re.escape(end) for end in sorted(ends - {""}, key=len, reverse=True)))
         self._skeletons: dict[tuple[str, ...], list[str]] = {}
 
+    def read_by(self, tokenizer: PreTrainedTokenizerBase) -> Encoder:
+        """How a model with another tokenizer reads what this encoder renders: `read`, `as_read`, `response_of`."""
+        _check_fast(tokenizer)
+        reader = copy.copy(self)
+        reader.tokenizer = tokenizer
+        return reader
+
     def _load_template(self, given: str | None) -> str | None:
         """The source of the chat template with its dates pinned, None for plain text."""
         if given == "none":
             return None
         if given is None:
-            if not self.tokenizer.chat_template:
+            if not self._renderer.chat_template:
                 raise ValueError(
                     "the tokenizer has no chat template: give --chat-template FILE, or --chat-template none for "
                     "prompt + response + end of sequence as plain text"
                 )
-            given = self.tokenizer.get_chat_template()
+            given = self._renderer.get_chat_template()
         elif "{" not in given:
             given = Path(given).read_text(encoding="utf-8")
         day = datetime.date.fromisoformat(self.date)
@@ -118,8 +124,10 @@ class Encoder:
         def digest(text: str) -> str:
             return hashlib.sha256(text.encode()).hexdigest()[:16]
 
+        reads, writes = (digest(t.backend_tokenizer.to_str()) for t in (self.tokenizer, self._renderer))
         return {
-            "tokenizer": digest(self.tokenizer.backend_tokenizer.to_str()),
+            "tokenizer": reads,
+            **({} if reads == writes else {"rendered_by": writes}),
             "chat_template": "none" if self.template is None else digest(self.template),
             "date": self.date,
             "max_length": self.max_length,
@@ -127,14 +135,19 @@ class Encoder:
         }
 
     @functools.cached_property
-    def end_of_turn_id(self) -> int | None:
-        """The token that ends a response: generation stops there."""
-        marker = Row("", [{"role": "user", "content": "x"}, {"role": "assistant", "content": "x"}], [])
-        rendered = self.render(marker)
+    def _plain_question(self) -> Rendered:
+        rendered = self.render(Row("", [{"role": role, "content": "x"} for role in ("user", "assistant")], []))
         if isinstance(rendered, Skip):
             raise ValueError(f"the chat template cannot render a plain question and answer: {rendered.detail}")
-        ids = self._tokenize(rendered.text)[0]
-        return ids[-1] if len(rendered.text) > rendered.response_end else None
+        return rendered
+
+    @property
+    def end_of_turn_id(self) -> int | None:
+        """The token that ends a response: generation stops there."""
+        if self.tokenizer is not self._renderer:
+            return self.tokenizer.eos_token_id
+        rendered = self._plain_question
+        return self._tokenize(rendered.text)[0][-1] if len(rendered.text) > rendered.response_end else None
 
     def render(self, row: Row, *, response: str | None = None) -> Rendered | Skip:
         """The conversation as text, with `response` in place of the row's own if given.
@@ -166,13 +179,12 @@ class Encoder:
         if found := self._end_of_turn.search(text, stop):
             text = text[: found.end()]
         else:
-            text = text[:stop] + (self.tokenizer.eos_token or "")
+            text = text[:stop] + (self._renderer.eos_token or "")
         return Rendered(text, place, stop, ranges)
 
     def _plain(self, contents: list[str]) -> tuple[str, dict[int, tuple[int, int, int]]]:
         """Contents with a blank line between turns, the response right after the prompt."""
-        bos = self.tokenizer.bos_token or ""
-        text = bos if bos and self.tokenizer("").input_ids[:1] == [self.tokenizer.bos_token_id] else ""
+        text = _opening(self._renderer)
         places = {}
         for n, content in enumerate(contents):
             text += "\n\n" if 0 < n < len(contents) - 1 else ""
@@ -183,7 +195,7 @@ class Encoder:
     def _apply(self, messages: list[dict[str, str]]) -> str:
         date_string = datetime.date.fromisoformat(self.date).strftime("%d %b %Y")
         return str(
-            self.tokenizer.apply_chat_template(
+            self._renderer.apply_chat_template(
                 messages, tokenize=False, chat_template=self.template, date_string=date_string
             )
         )
@@ -294,6 +306,64 @@ class Encoder:
         shifted = [(start + len(prompt), end + len(prompt)) for start, end in offsets]
         return prompt_ids + ids, prompt_offsets + shifted, boundary
 
+    # -- what a model with another tokenizer reads: the same text between its own beginning and end of sequence
+
+    def as_read(self, prompt: str) -> str:
+        """A rendered prompt with the model's own beginning of sequence instead of the renderer's."""
+        own, written = self._beginning(prompt)
+        return own + prompt[len(written) :]
+
+    def _beginning(self, prompt: str) -> tuple[str, str]:
+        """The model's own beginning of sequence, and the renderer's in whose place it is read; each may be empty."""
+        written = self._renderer.bos_token or ""
+        written = written if prompt.startswith(written) else ""
+        own = str(self.tokenizer.bos_token or "") if written else _opening(self.tokenizer)
+        return (written, written) if self.tokenizer is self._renderer else (own, written)
+
+    def response_of(self, generated: str) -> str:
+        """What was generated up to the renderer's end of turn, which is plain text to another tokenizer."""
+        end = self._plain_question.text[self._plain_question.response_end :].strip()
+        return generated.split(end)[0] if end and self.tokenizer is not self._renderer else generated
+
+    def read(self, sample: Sample) -> Sample | Skip:
+        """`sample` with this encoder's tokens; their offsets are those of the sample's text.
+
+        The end of turn is read as the model's end of sequence: spelt out, its loss would have nothing to do with the prompt.
+        Where targets are truncated, the renderer's tokens are what `max_length` counts.
+        """
+        text, cut = sample.text, sample.prompt_chars
+        ends = [found.span() for found in self._end_of_turn.finditer(text, cut)][-1:]
+        has_end = bool(ends and cut < ends[0][0] < ends[0][1] == len(text) and self.tokenizer.eos_token)
+        stop = ends[0][0] if has_end else len(text)
+        prompt, target = self.as_read(text[:cut]), text[cut:stop] + (str(self.tokenizer.eos_token) if has_end else "")
+        input_ids, own, response_start = self.encode_text(prompt, target)
+        if self.max_length is not None and self.truncate is None and len(input_ids) > self.max_length:
+            detail = f"{len(input_ids)} tokens of the teacher, max_length is {self.max_length}"
+            return Skip(sample.id, "too_long", detail)
+        covered = bytearray(len(prompt + target))
+        for start, end in own:
+            covered[start:end] = b"\x01" * (end - start)
+        if left_out := {char for char, read in zip(prompt + target, covered) if not read and not char.isspace()}:
+            # The tokenizers library can count the characters after these wrongly, so no offset is to be trusted.
+            detail = f"the teacher's tokenizer leaves out characters, such as {min(left_out)!r}"
+            return Skip(sample.id, "unread", detail)
+        if not 0 < response_start < len(input_ids):
+            return Skip(sample.id, "unread", "the teacher's tokenizer leaves nothing of the prompt or of the response")
+        opening, written = map(len, self._beginning(text[:cut]))
+        shift = written - opening
+
+        def place(start: int, end: int) -> Span:
+            """Where a token is in `text`; the model's own beginning and end of sequence are where the renderer's are."""
+            first = 0 if start < opening else min(start + shift, stop)
+            return first, len(text) if end + shift > stop else end + shift
+
+        offsets = [place(*span) for span in own]
+        allowed = bytearray(len(text))
+        for (start, end), may in zip(sample.offsets, sample.scored):
+            allowed[start:end] = bytes([may]) * (end - start)
+        scored = [n < response_start and _inside(text, span, allowed) for n, span in enumerate(offsets)]
+        return replace(sample, input_ids=input_ids, offsets=offsets, response_start=response_start, scored=scored)
+
     def _tokenize(self, text: str) -> tuple[list[int], list[Span]]:
         """Ids and offsets of rendered text; spaces that a tokenizer leaves out of its offsets go with the next token."""
         encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
@@ -317,18 +387,36 @@ def _inside(text: str, span: Span, allowed: bytearray) -> bool:
     return start < end and all(allowed[start:end])
 
 
+def _check_fast(tokenizer: PreTrainedTokenizerBase) -> None:
+    if not tokenizer.is_fast:
+        raise ValueError(
+            f"{type(tokenizer).__name__} is a slow tokenizer without character offsets; convert it once with "
+            "AutoTokenizer.from_pretrained(..., use_fast=True) and save_pretrained"
+        )
+
+
+def _opening(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The beginning of sequence that a tokenizer puts before plain text, if any."""
+    bos = tokenizer.bos_token or ""
+    return bos if bos and tokenizer("").input_ids[:1] == [tokenizer.bos_token_id] else ""
+
+
+class DifferentTokenizers(ValueError):
+    """Two models whose ids mean different tokens: they can be compared on text units, not distilled."""
+
+
 def check_pair(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> int:
     """Size of the vocabulary that two models share: the columns of both heads that mean the same token.
 
     Raises:
-        ValueError: an id within it means different tokens, or a token in one vocabulary only.
+        DifferentTokenizers: an id within it means different tokens, or a token in one vocabulary only.
     """
     tokens = [{i: token for token, i in t.get_vocab().items()} for t in (student, teacher)]
     shared = min(max(by_id) for by_id in tokens) + 1
     different = [i for i in range(shared) if tokens[0].get(i) != tokens[1].get(i)]
     if different:
         first = ", ".join(f"{i}: {tokens[0].get(i)!r} / {tokens[1].get(i)!r}" for i in different[:3])
-        raise ValueError(
+        raise DifferentTokenizers(
             f"student and teacher have different tokenizers: {len(different)} of {shared} ids mean different tokens "
             f"(id: student / teacher = {first}); choose a teacher of the student's family"
         )

@@ -38,8 +38,8 @@ def distill(run: Run) -> Table:
         encode = run.encoder.encode_text
         groups = build_groups(scores, counterfactuals, encode, originals=run.config.originals)
         trainer = LeafTrainer(
-            run.load(run.name("student"), torch.float32),
-            run.load(run.name("teacher")),
+            run.load(run.name("student"), torch.float32, spread=False),
+            run.load(run.name("teacher"), spread=False),
             arguments,
             train_dataset=groups,
             vocab_size=run.shared_vocabulary(),

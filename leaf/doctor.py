@@ -77,8 +77,8 @@ def _pair(config: RunConfig, console: Console) -> list[str]:
 
     from leaf_kernels.integrations.transformers import check_model
 
-    from .data import check_pair
-    from .run import make_encoder
+    from .data import DifferentTokenizers, check_pair
+    from .run import different_tokenizers, make_encoder
     from .tables import model_key
 
     names = {role: config.named(role) for role in ("teacher", "student")}
@@ -107,17 +107,24 @@ def _pair(config: RunConfig, console: Console) -> list[str]:
             packing.append("no")
             problems.append(f"{role}: {error}")
     row("attention can be packed", packing)
+    reader, note = "student", ""
     try:
-        grid.add_row("tokens with equal ids", Text(str(check_pair(tokenizers["student"], tokenizers["teacher"]))), "")
-    except ValueError as error:
-        problems.append(str(error))
-    try:
-        make_encoder(config)
+        encoder = make_encoder(config)
+        reader = "teacher"
+        encoder.read_by(tokenizers["teacher"])
+        note = different_tokenizers(encoder)
     except ValueError as error:  # slow tokenizer, no chat template
-        problems.append(f"student: {error}")
+        problems.append(f"{reader}: {error}")
+    try:
+        shared, note = str(check_pair(tokenizers["student"], tokenizers["teacher"])), ""
+    except DifferentTokenizers:
+        shared = "different tokenizers: scores only"
+    grid.add_row("tokens with equal ids", Text(shared), "")
     if model_key(names["teacher"]) == model_key(names["student"]):
         problems.append("teacher and student are the same model: every score difference is 0 and nothing can be learnt")
     console.print(grid)
+    if note:
+        console.print(Text(note, "yellow"))
     return problems
 
 

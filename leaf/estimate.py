@@ -19,7 +19,6 @@ import torch
 from rich import box
 from rich.console import Console
 from rich.table import Table as Grid
-from rich.text import Text
 from transformers import AutoConfig, DynamicCache, PreTrainedConfig
 
 from leaf_kernels import SharedPrefixLayout
@@ -31,6 +30,7 @@ from .objective import distillation, head_of, hidden_states
 from .pack import Collator, Group
 from .sensitivity import Scorer, batches
 from .trace import Trace, fake_model, planned, shapes_only, weight_bytes
+from .units import Pair
 
 GIB = 2**30
 USABLE = 0.92  # of a device's memory: the rest is the context's, the libraries' and what the allocator cannot use
@@ -102,7 +102,8 @@ class Workload:
         return cls([length] * max(1, max_tokens // length), mean=length)
 
     @classmethod
-    def of(cls, samples: Sequence[Any], max_tokens: int) -> Workload:
+    def of(cls, units: Sequence[Pair | Skip], role: str, max_tokens: int) -> Workload:
+        samples = [getattr(unit, role) for unit in units if isinstance(unit, Pair)]
         packs = [[len(sample.input_ids) for sample in pack] for pack in batches(samples, max_tokens)]
         tokens = sum(map(sum, packs))
         return cls(max(packs, key=lambda pack: (sum(pack), max(pack))), len(samples), tokens / len(samples))
@@ -257,10 +258,8 @@ class Estimator:
             batch = [half_response(n, int(vocab), i) for i, n in enumerate(lengths)]
             scorer = Scorer(model)
             checkpoints = sum(lengths) > scorer.keeps
-            if checkpoints:
-                scorer._checkpoint(offload=False)
-            with Trace(max(lengths) / 2) as trace:
-                scorer._gradient(batch, in_tiles=checkpoints)
+            with scorer.saving(checkpoints), Trace(max(lengths) / 2) as trace:
+                scorer.gradient(batch)
             weights = weight_bytes(model)
         low, high = self._seconds(trace.flops * self._per_row(sum(lengths)), self.dtype)
         name = f"score, {role}{', checkpoints' if checkpoints else ''}"
@@ -383,20 +382,19 @@ def _remedy(stage: Stage, device: Device) -> str:
     return "lower --max-tokens, then --max-length" + (" or --max-new-tokens" if stage.name.startswith("gen") else "")
 
 
-def count(units: Sequence[Sample | Skip], max_tokens: int, console: Console) -> list[Sample]:
-    """Prints what rows became, and returns the samples."""
-    samples = [unit for unit in units if isinstance(unit, Sample)]
-    grid = Grid("", "", show_header=False, box=box.SIMPLE)
-    grid.add_row("samples", str(len(samples)))
+def count(units: Sequence[Pair | Skip], max_tokens: int, console: Console) -> None:
+    """Prints what rows became, as each model reads them."""
+    pairs = [unit for unit in units if isinstance(unit, Pair)]
+    grid = Grid("", "teacher", "student", box=box.SIMPLE)
+    grid.add_row("samples", *[str(len(pairs))] * 2)
     for reason, n in collections.Counter(unit.reason for unit in units if isinstance(unit, Skip)).items():
-        grid.add_row(f"skipped: {reason}", str(n))
-    if samples:
-        longest = max(samples, key=lambda sample: len(sample.input_ids))
-        grid.add_row("tokens", f"{sum(len(sample.input_ids) for sample in samples)}")
-        grid.add_row("packs", f"{sum(1 for _ in batches(samples, max_tokens))} of up to {max_tokens} tokens")
-        grid.add_row("longest sample", Text(f"{longest.id}, {len(longest.input_ids)} tokens"))
+        grid.add_row(f"skipped: {reason}", *[str(n)] * 2)
+    both = [[getattr(pair, role) for pair in pairs] for role in ("teacher", "student")]
+    lengths = [[len(sample.input_ids) for sample in samples] for samples in both]
+    grid.add_row("tokens", *(str(sum(each)) for each in lengths))
+    grid.add_row("longest sample", *(str(max(each, default=0)) for each in lengths))
+    grid.add_row(f"packs of up to {max_tokens}", *(str(len(list(batches(samples, max_tokens)))) for samples in both))
     console.print(grid)
-    return samples
 
 
 def half_response(length: int, vocab: int, n: int = 0) -> Sample:

@@ -11,6 +11,7 @@ from .attention import Marked, attention_to_marked
 from .data import Skip
 from .prune import PruneConfig, flags_of
 from .select import Answer
+from .units import token_ids
 
 ScoreRow = Mapping[str, Any]
 
@@ -22,9 +23,7 @@ def attention_to_flagged(
     answers (mean over response tokens, heads and layers); None where nothing is flagged or scored."""
     flags = [flags_of(row, config).tolist() if row["status"] == "ok" else [] for row in score_rows]
     items = [
-        Marked(list(row["input_ids"]), row["response_start"], marked)
-        for row, marked in zip(score_rows, flags)
-        if any(marked)
+        Marked(token_ids(row), row["response_start"], marked) for row, marked in zip(score_rows, flags) if any(marked)
     ]
     shares = attention_to_marked(model, items, max_tokens=max_tokens)
     for marked in flags:

@@ -71,7 +71,9 @@ def asker(load: Loader, encoder: Encoder, *, max_new_tokens: int = 512, max_toke
             return {}
         options = {"max_new_tokens": max_new_tokens, "max_tokens": max_tokens, "stop": encoder.end_of_turn_id}
         try:
-            return dict(generate(load(), encoder.tokenizer, prompts, **options))  # type: ignore[arg-type]
+            written = {encoder.as_read(prompt): prompt for prompt in prompts}
+            given = generate(load(), encoder.tokenizer, written, **options)  # type: ignore[arg-type]
+            return {written[prompt]: encoder.response_of(response) for prompt, response in given}
         finally:
             free_memory()
 
@@ -83,6 +85,12 @@ def free_memory() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """torch's allocator for GPUs has a class of its own, that of the CPU, pinned memory and Triton only a message."""
+    messages = ("out of memory", "DefaultCPUAllocator: can't allocate memory", "DefaultCPUAllocator: not enough memory")
+    return isinstance(error, torch.OutOfMemoryError) or any(message in str(error) for message in messages)
 
 
 def _with_transformers(
@@ -136,8 +144,7 @@ def _batch(model: PreTrainedModel, prompts: Sequence[Ids], settings: GenerationC
             output = model.generate(padded, attention_mask=mask, generation_config=settings)  # type: ignore[operator]
         return output[:, padded.shape[1] :].tolist()
     except RuntimeError as error:
-        # A GPU's error has a class of its own, a CPU's only a message.
-        if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
+        if not is_out_of_memory(error):
             raise
     free_memory()  # not before the error is gone, whose traceback holds the tensors
     return None

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+from accelerate.hooks import AlignDevicesHook
 from transformers import PreTrainedModel
 
 from leaf_kernels import SharedPrefixLayout, linear_cross_entropy, linear_kl
@@ -30,7 +31,7 @@ def head_of(model: PreTrainedModel) -> Head:
 
     Raises:
         ValueError: the head is not a plain linear layer (an adapter, a hook, a parametrisation), whose effect would be lost
-            if its weight were read.
+            if its weight were read, or its weight is not on a device.
     """
     head = model.get_output_embeddings()
     if type(head) is not torch.nn.Linear or _is_hooked(head):
@@ -38,6 +39,7 @@ def head_of(model: PreTrainedModel) -> Head:
             f"the output head of {type(model).__name__} must be a plain torch.nn.Linear without hooks, got "
             f"{type(head).__name__}; put adapters on the body only (for LoRA: leave lm_head out of target_modules)"
         )
+    _refuse_offloaded(model, "output head", head)
     if head.weight.numel() == 0:
         raise ValueError(
             f"the output head of {type(model).__name__} is empty here; gather it if it is sharded (ZeRO-3)"
@@ -53,7 +55,18 @@ def head_of(model: PreTrainedModel) -> Head:
 
 def _is_hooked(module: torch.nn.Module) -> bool:
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return "forward" in vars(module) or any(getattr(module, name) for name in hooks)
+    # accelerate's hook of a `device_map` moves inputs between devices and changes no value
+    replaced = "forward" in vars(module) and type(getattr(module, "_hf_hook", None)) is not AlignDevicesHook
+    return replaced or any(getattr(module, name) for name in hooks)
+
+
+def _refuse_offloaded(model: PreTrainedModel, name: str, module: torch.nn.Module) -> None:
+    if module.weight.is_meta:
+        raise ValueError(
+            f"the {name} of {type(model).__name__} is offloaded to host memory or disk by its device_map, and its weight is "
+            "read; only layers can be offloaded: use more GPUs, a quantized teacher (--teacher-quantization) or one that "
+            "processes share (--shard-teacher)"
+        )
 
 
 def check_head(model: PreTrainedModel) -> None:
@@ -61,16 +74,20 @@ def check_head(model: PreTrainedModel) -> None:
 
     Raises:
         ValueError: they differ: the model does something between its body and its logits, or its config names a scale or a
-            cap that its class does not apply. Losses computed from the head would then be another model's.
+            cap that its class does not apply. Losses computed from the head would then be another model's. Or head or
+            embeddings are offloaded.
     """
     head, modes = head_of(model), {module: module.training for module in model.modules()}
-    layout = SharedPrefixLayout.from_lengths([8]).to(head.weight.device)
+    embeddings: Any = model.get_input_embeddings()
+    _refuse_offloaded(model, "input embedding", embeddings)
+    layout = SharedPrefixLayout.from_lengths([8]).to(embeddings.weight.device)
     ids = layout.position_ids[None].long()
     inputs = {"input_ids": ids % len(head.weight), "position_ids": ids, "layout": layout}
     try:
         with torch.no_grad():
             model.eval()
             hidden, own = hidden_states(model, inputs), model(**inputs, use_cache=False).logits[0].float()
+            hidden, own = hidden.to(head.weight.device), own.to(head.weight.device)
     finally:
         for module, training in modes.items():
             module.training = training

@@ -17,6 +17,8 @@ from torch.utils.data import Dataset, IterableDataset
 
 from leaf_kernels import SharedPrefixLayout, pack_groups
 
+from .units import token_ids
+
 logger = logging.getLogger(__name__)
 
 Group = dict[str, Any]
@@ -54,10 +56,10 @@ def build_groups(
         if row["status"] != "ok" or (row["id"] in groups and row["cut"] != 0):
             continue
         if row["cut"] == 0:
-            original = {"input_ids": list(row["input_ids"]), "response_start": row["response_start"]}
+            original = {"input_ids": token_ids(row), "response_start": row["response_start"]}
         else:
             start = next(i for i, scored in enumerate(row["scored"]) if scored)
-            original = {"input_ids": list(row["input_ids"]), "response_start": start}
+            original = {"input_ids": token_ids(row), "response_start": start}
         groups[row["id"]] = {"id": row["id"], "original": original, "counterfactuals": by_source.pop(row["id"], [])}
     if by_source:
         raise ValueError(

@@ -91,7 +91,7 @@ def _sample(row: Mapping[str, Any], counterfactuals: list[dict]) -> dict[str, An
     n, values = row["response_start"], prompt_values(row)
     return sample | {
         "tokens": token_texts(row)[:n],
-        "ids": [int(i) for i in row["input_ids"][:n]],
+        "ids": row["input_ids"] and [int(i) for i in row["input_ids"][:n]],
         **{key: _numbers(value, 4) for key, value in values.items()},
         "loss": _numbers(finite([row.get("teacher_loss"), row.get("student_loss")]), 4),
         "response": row["text"][row["prompt_chars"] :],
@@ -160,8 +160,9 @@ def write_report(
 
     scores, counterfactuals: the tables of DESIGN.md. Totals and the histogram cover every row; the first `max_samples`
         rows can be looked at token by token.
-    results: `arms` {arm: {metric: [per seed]}}, `paired` and `detection` (lists per seed, nested at will) and `accuracy`
-        {"before", "after"} become tables; every other entry (`counts`, `seconds`, a `run` of models and rule) is listed.
+    results: `arms` {arm: {metric: [per seed]}}, `per_length` {name: {metric: {length: [per seed]}}}, `paired` and
+        `detection` (lists per seed, nested at will) and `accuracy` {"before", "after"} become tables; every other entry
+        (`counts`, `seconds`, a `run` of models and rule) is listed.
     attention: {label: mass or list of masses}; by default the arms' `attention_to_confounder`.
     """
     results = results or {}
@@ -222,12 +223,19 @@ def _table(caption: str, head: Sequence[str], rows: Iterable[tuple[str, str]]) -
     return f"<div class=table><table>{inner}</table></div>"
 
 
+def _grid(caption: str, corner: str, rows: Mapping[str, Mapping[str, Any]]) -> str:
+    """{row: {column: value or list}} as a table."""
+    columns = list(dict.fromkeys(column for row in rows.values() for column in row))
+    body = [(words(name), "".join(_cell(row.get(column)) for column in columns)) for name, row in rows.items()]
+    return _table(html.escape(caption), [corner, *map(words, columns)], body)
+
+
 def _results(results: Mapping[str, Any]) -> str:
     tables = []
     if arms := results.get("arms"):
-        metrics = list(dict.fromkeys(m for arm in arms.values() for m in arm))
-        rows = [(words(arm), "".join(_cell(own.get(m)) for m in metrics)) for arm, own in arms.items()]
-        tables.append(_table("Arms", ["arm", *map(words, metrics)], rows))
+        tables.append(_grid("Arms", "arm", arms))
+    for name, metrics in (results.get("per_length") or {}).items():
+        tables.append(_grid(words(name).capitalize(), "tokens of the prompt", metrics))
     if paired := results.get("paired"):
         rows = []
         for label, value in flatten(paired):
@@ -250,7 +258,7 @@ def _facts(results: Mapping[str, Any]) -> str:
 
     items = ""
     for key, value in results.items():
-        if key not in ("arms", "paired", "accuracy", "detection"):
+        if key not in ("arms", "per_length", "paired", "accuracy", "detection"):
             entries = (html.escape(f"{label} {shown(entry)}".strip()) for label, entry in flatten(value))
             items += (
                 f"<dt>{html.escape(words(key))}</dt><dd>{''.join(f'<span>{entry}</span>' for entry in entries)}</dd>"

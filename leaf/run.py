@@ -7,25 +7,24 @@ Unchanged tables are kept, a killed stage goes on after its last whole shard, an
 
 from __future__ import annotations
 
-import collections
 import functools
 import logging
 import os
 import pathlib
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import pyarrow as pa
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel
 
 from . import __version__, graders
 from .cache import Responses
 from .config import STAGES, RunConfig
-from .data import Encoder, Row, Skip, check_pair, read_rows
+from .data import DifferentTokenizers, Encoder, Row, Skip, check_pair, read_rows
 from .generate import check_vllm, free_memory, generate, load_vllm
-from .tables import Table, digest, is_current, model_key, open_table, write_table
+from .loading import check_loading, load_model, most
+from .tables import Table, current_table, digest, model_key, open_table, wait_until, write_table
 
 if TYPE_CHECKING:
     from .prune import PruneConfig
@@ -68,7 +67,7 @@ def read(config: RunConfig, data: str | None) -> Iterator[Row | Skip]:
 
 
 def make_encoder(config: RunConfig) -> Encoder:
-    """Renders and tokenizes with the student's tokenizer, for both models."""
+    """Renders and tokenizes with the student's tokenizer."""
     return Encoder(
         AutoTokenizer.from_pretrained(config.named("student")),
         max_length=config.max_length,
@@ -76,6 +75,17 @@ def make_encoder(config: RunConfig) -> Encoder:
         chat_template=config.chat_template,
         date=config.template_date,
     )
+
+
+def different_tokenizers(encoder: Encoder) -> str:
+    """What becomes of a pair with two tokenizers."""
+    said = (
+        "teacher and student have different tokenizers: they are compared on common text units, and cannot be distilled"
+    )
+    if encoder.template is None:
+        return said
+    remedy = "a --chat-template whose markers both know, or --chat-template none, may suit it better"
+    return f"{said}; the student's chat template is plain text to the teacher: {remedy}"
 
 
 def device_of(config: RunConfig) -> torch.device:
@@ -114,20 +124,35 @@ class Run:
     def encoder(self) -> Encoder:
         return make_encoder(self.config)
 
-    def load(self, name: str, dtype: torch.dtype | None = None) -> PreTrainedModel:
-        """A model on the device, by default in `--dtype`. One model is resident at a time: the one before is freed.
+    def load(
+        self, name: str, dtype: torch.dtype | None = None, *, spread: bool = True, shard: bool = False
+    ) -> PreTrainedModel:
+        """A model, by default in `--dtype`; the teacher quantized, where that is asked for. See `load_model`.
 
-        Attention dropout is set to 0: packed attention has none.
+        One model is resident at a time: the one before is freed.
+
+        Args:
+            spread: over the GPUs, where `--device-map` asks for it; a model to train, or to train with, is on one.
+            shard: over the ranks, all of which call this.
         """
         free_memory()
-        config = AutoConfig.from_pretrained(name)
-        for option in ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob"):
-            if getattr(config.get_text_config(), option, None):
-                self.ui.say(f"{name}: {option} is set to 0")
-                setattr(config.get_text_config(), option, 0.0)
-        dtype = dtype or getattr(torch, self.dtype)
-        model: Any = AutoModelForCausalLM.from_pretrained(name, config=config, dtype=dtype)
-        return model.to(device_of(self.config))
+        return load_model(
+            name,
+            dtype or getattr(torch, self.dtype),
+            device_of(self.config),
+            self.ui.say,
+            device_map=self.config.device_map if spread else None,
+            quantization=self.quantization(name),
+            shard=shard,
+        )
+
+    def quantization(self, name: str) -> str | None:
+        """What a model is quantized to: only the teacher ever is."""
+        return self.config.teacher_quantization if name == self.config.teacher else None
+
+    def most(self, n: int) -> int:
+        """The largest of the ranks' numbers. Collective."""
+        return most(n, device_of(self.config))
 
     @property
     def dtype(self) -> str:
@@ -138,7 +163,29 @@ class Run:
 
     def shared_vocabulary(self) -> int:
         """Columns of both heads that mean the same token; an error where the tokenizers differ."""
-        return check_pair(self.encoder.tokenizer, AutoTokenizer.from_pretrained(self.name("teacher")))
+        names = self.name("teacher"), self.name("student")
+        try:
+            return check_pair(self.encoder.tokenizer, AutoTokenizer.from_pretrained(names[0]))
+        except DifferentTokenizers as error:
+            raise ValueError(
+                f"teacher {names[0]} cannot be distilled into student {names[1]}: {error}, or run `leaf select`, "
+                "`leaf score`, `leaf prune` and `leaf report`, and train on what `leaf export` writes"
+            ) from error
+
+    @functools.cached_property
+    def reader(self) -> Encoder | None:
+        """How the teacher reads what the student's template writes; None where both have one tokenizer."""
+        tokenizer = AutoTokenizer.from_pretrained(self.name("teacher"))
+        try:
+            check_pair(self.encoder.tokenizer, tokenizer)
+        except DifferentTokenizers:
+            self.ui.say(different_tokenizers(self.encoder))
+            return self.encoder.read_by(tokenizer)
+        return None
+
+    def encoder_of(self, model: str) -> Encoder:
+        """How a model reads rows."""
+        return (model == self.config.teacher and self.reader) or self.encoder
 
     def name(self, role: str) -> str:
         return self.config.named(role)
@@ -146,16 +193,19 @@ class Run:
     def asked_key(self, models: Mapping[str, str]) -> dict[str, Any]:
         """What the answers of models (label: name) depend on, besides options and prompts."""
         keys = {label: model_key(name) for label, name in models.items()}
-        return {**keys, "rendering": self.encoder.fingerprint, "dtype": self.dtype} if keys else {}
+        readers = {label: self.encoder_of(name).fingerprint for label, name in models.items()}
+        return {**keys, "rendering": readers, "dtype": self.dtype} if keys else {}
 
     def ask(self, model: str, label: str, prompts: Sequence[str]) -> Mapping[str, str]:
         """The greedy response of a model to each prompt; what it was asked before in this run directory is known.
 
         Collective: the prompts are dealt to the ranks, and every rank gets all responses.
         """
-        options: dict[str, Any] = {"max_new_tokens": self.config.max_new_tokens, "stop": self.encoder.end_of_turn_id}
-        key = {"leaf": __version__, "model": model_key(model), "engine": self.config.engine, "dtype": self.dtype}
-        key |= {"tokenizer": self.encoder.fingerprint["tokenizer"], **options}
+        reader = self.encoder_of(model)
+        options: dict[str, Any] = {"max_new_tokens": self.config.max_new_tokens, "stop": reader.end_of_turn_id}
+        key: dict[str, Any] = {"leaf": __version__, "model": model_key(model), "engine": self.config.engine}
+        key |= {"dtype": self.dtype, "quantization": self.quantization(model)}
+        key |= {name: reader.fingerprint.get(name) for name in ("tokenizer", "rendered_by")} | options
         known = Responses(self.folder / "responses" / digest(key), self.rank)
         # By length, so that every rank gets its share of the long ones; of all, as a rank may know more than another.
         distinct = sorted(dict.fromkeys(prompts), key=len)
@@ -164,12 +214,16 @@ class Run:
         todo = [prompt for prompt in distinct[self.rank :: self.ranks] if prompt not in known]
         if todo:
             options["max_tokens"] = self.config.max_tokens  # which changes no response
-            given = generate(self.engine(model), self.encoder.tokenizer, todo, **options)
+            written = {reader.as_read(prompt): prompt for prompt in todo}
+            given = generate(self.engine(model), reader.tokenizer, written, **options)
             for prompt, response in self.ui.track(given, len(todo), label):
-                known[prompt] = response
-        while not all(prompt in known for prompt in distinct):
-            time.sleep(1)  # for the shares of the other ranks
+                known[written[prompt]] = reader.response_of(response)
+
+        def all_known() -> bool:
             known.refresh()
+            return all(prompt in known for prompt in distinct)
+
+        wait_until(all_known, f"{label}: waiting for the answers of the other processes", logger.warning)
         return {prompt: known[prompt] for prompt in distinct}
 
     def engine(self, model: str) -> Any:
@@ -178,17 +232,16 @@ class Run:
             return self.load(model)
         free_memory()
         longest = self.config.max_length + self.config.max_new_tokens
-        return load_vllm(model, self.encoder.tokenizer, dtype=self.dtype, max_tokens=longest)
+        return load_vllm(model, self.encoder_of(model).tokenizer, dtype=self.dtype, max_tokens=longest)
 
     def models(self) -> dict[str, str]:
-        """Keys of teacher and student, which must be two models of one vocabulary."""
+        """Keys of teacher and student, which must be two models."""
         keys = {role: model_key(self.name(role)) for role in ("teacher", "student")}
         if keys["teacher"] == keys["student"]:
             raise ValueError(
                 f"teacher and student are the same model ({self.config.student}): every difference between them is 0; "
                 "give --teacher a stronger one"
             )
-        self.shared_vocabulary()
         return keys
 
     def key(self, stage: str, **inputs: Any) -> dict[str, Any]:
@@ -204,11 +257,13 @@ class Run:
         produce: Callable[[Sequence[T]], Produced],
         collective: bool = False,
         tokens: Callable[[T], int] | None = None,
+        in_step: bool = False,
     ) -> Table:
         """`write_table` on rank 0, whose result the other ranks wait for.
 
-        collective: all ranks produce all units, in step. tokens: of a unit; the ranks share the units, which do not depend
-        on each other.
+        collective: before its first unit, `produce` asks models together with the other ranks. tokens: of a unit; the ranks
+        share the units, which do not depend on each other. in_step: with `tokens`, they produce their shares in step, see
+        `write_table`.
         """
         folder = self.folder / name
         key = {**key, "columns": schema.names}
@@ -218,19 +273,25 @@ class Run:
                 return iter(produce(todo))
             return self.ui.track(produce(todo), len(todo), name, tokens and [tokens(unit) for unit in todo])
 
-        if tokens is not None:
+        def current() -> Table | None:
+            return current_table(folder, key)
+
+        # Rank 0 alone says whether there is anything to do: the others could look when it has finished the table
+        table: Table | None = None
+        if in_step and self.most(int(self.is_writer and current() is not None)):
+            table = current()
+        elif tokens is not None:
             sizes = [tokens(unit) for unit in units]
-            shared: dict[str, Any] = {"sizes": sizes, "rank": self.rank, "ranks": self.ranks}
+            shared: dict[str, Any] = {"sizes": sizes, "rank": self.rank, "ranks": self.ranks, "in_step": in_step}
             table = write_table(folder, key, schema, units, tracked, self.ui.say, **shared)
         elif self.is_writer:
             table = write_table(folder, key, schema, units, tracked, self.ui.say)
-        else:
-            table = None
-            if collective and not is_current(folder, key):
-                collections.deque(produce(units), maxlen=0)
-        while table is None and not is_current(folder, key):
-            time.sleep(1)  # a collective would time out: a stage can take hours
-        return table or open_table(folder)
+        elif collective and current() is None:
+            next(iter(produce(units)), None)  # by then every model has been asked; the rest is rank 0's
+        if table is None:  # not by a collective, which would time out: a stage can take hours
+            wait_until(lambda: current() is not None, f"{name}: waiting for rank 0 to finish the table", logger.warning)
+            table = current()
+        return table or open_table(folder)  # which says what is wrong with it
 
     def check(
         self,
@@ -271,12 +332,16 @@ def run_stages(config: RunConfig, stages: Sequence[str], ui: Ui | None = None) -
     run = Run(config, ui)
     prune_options(config)  # what is misspelt is told now, not after hours
     device_of(config)
+    for note in check_loading(config, stages, run.ranks):
+        run.ui.say(note)
     if {"select", "verify", "eval"} & set(stages):
         graders.resolve(grader_of(config))
         if config.engine == "vllm":
             check_vllm()
     if "distill" in stages:
         training_arguments(config, run.folder)
+    if {"distill", "eval"} & set(stages) and config.teacher and config.student:
+        run.shared_vocabulary()
     for stage in stages:
         FUNCTIONS[stage](run)
     return run.problems

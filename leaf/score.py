@@ -9,9 +9,10 @@ import torch
 
 from leaf_kernels import token_scores
 
-from .data import Sample, Skip
+from .data import Encoder, Sample, Skip
 from .generate import Loader, free_memory
 from .sensitivity import Sensitivity, sensitivities
+from .units import Pair, on_units, per_unit, read_pairs
 
 # Of the scores table, after those that every row has
 _COLUMNS = (
@@ -28,6 +29,7 @@ def score_samples(
     max_tokens: int,
     perplexity: bool = False,
     activation_checkpointing: bool | None = None,
+    reader: Encoder | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Rows of the scores table, one per sample or skip, in order.
 
@@ -37,17 +39,28 @@ def score_samples(
         load_teacher, load_student: return a model on the device to use.
         max_tokens: budget of a pack; a longer sample gets a pack of its own.
         perplexity: also record the student's −log p of each scored token, for the perplexity control.
+        reader: `Encoder.read_by` of the teacher's tokenizer where it is not the student's: rows hold text units then.
     """
-    items = list(samples)
-    usable = [item for item in items if isinstance(item, Sample)]
+    items = list(read_pairs(samples, reader))
+    usable = [item for item in items if isinstance(item, Pair)]
     results = []
     options: dict[str, Any] = {"max_tokens": max_tokens, "activation_checkpointing": activation_checkpointing}
-    for load, wants_nll in ((load_teacher, False), (load_student, perplexity)):
-        results.append(list(sensitivities(load(), usable, perplexity=wants_nll, **options)))
+    for role, load, wants_nll in (("teacher", load_teacher, False), ("student", load_student, perplexity)):
+        own = [getattr(pair, role) for pair in usable]
+        results.append(list(sensitivities(load(), own, perplexity=wants_nll, **options)))
         free_memory()
-    scored = (score_row(*each) for each in zip(usable, *results))
+    scored = (score_pair(*each) for each in zip(usable, *results))
     for item in items:
-        yield next(scored) if isinstance(item, Sample) else skipped_row(item)
+        yield next(scored) if isinstance(item, Pair) else skipped_row(item)
+
+
+def score_pair(pair: Pair, teacher: Sensitivity | Skip, student: Sensitivity | Skip) -> dict[str, Any]:
+    """A row of the scores table, on the tokens of both models where they are the same, else on text units, without ids."""
+    if pair.teacher is pair.student or isinstance(teacher, Skip) or isinstance(student, Skip):
+        return score_row(pair.student, teacher, student)
+    sample = on_units(pair)
+    measured = (per_unit(one, own, sample.offsets) for one, own in zip((teacher, student), pair))
+    return {**score_row(sample, *measured), "input_ids": None}
 
 
 def score_row(sample: Sample, teacher: Sensitivity | Skip, student: Sensitivity | Skip) -> dict[str, Any]:

@@ -84,23 +84,32 @@ def select_rows(
 
 
 def answer_rows(
-    ask: Ask, encoder: Encoder, rows: Sequence[Row], *, grader: str | Grader = "math", ask_unchecked: bool = False
+    ask: Ask,
+    encoder: Encoder,
+    rows: Sequence[Row],
+    *,
+    grader: str | Grader = "math",
+    ask_unchecked: bool = False,
+    first: int = 0,
 ) -> Iterator[Answer | Skip]:
-    """What a model answers each row, greedily, from the same prompt that it is scored and trained on; in order.
+    """What a model answers each row from `first` on, greedily, from the same prompt that it is scored and trained on.
 
-    A row whose answer cannot be checked is asked only where `ask_unchecked`; else its response is "". A skip stands for a
-    row that cannot be rendered, or whose prompt alone exceeds the encoder's `max_length`.
+    The model is asked at once, about all rows; answers are graded as they are read, in order. A row whose answer cannot be
+    checked is asked only where `ask_unchecked`; else its response is "". A skip stands for a row that cannot be rendered,
+    or whose prompt alone exceeds the encoder's `max_length`.
     """
     grade = resolve(grader)
     prompts = [_prompt(encoder, row) for row in rows]
     can_check = [row.answer is not None and checkable(grader, row.answer) for row in rows]
     said = ask([p for p, check in zip(prompts, can_check) if isinstance(p, str) and (check or ask_unchecked)])
-    for row, prompt, check in zip(rows, prompts, can_check):
+
+    def answer(row: Row, prompt: str | Skip, check: bool) -> Answer | Skip:
         if isinstance(prompt, Skip):
-            yield prompt
-        else:
-            response = said[prompt] if check or ask_unchecked else ""
-            yield Answer(response, grade(response, row.answer) if check else None)  # type: ignore[arg-type]
+            return prompt
+        response = said[prompt] if check or ask_unchecked else ""
+        return Answer(response, grade(response, row.answer) if check else None)  # type: ignore[arg-type]
+
+    return map(answer, rows[first:], prompts[first:], can_check[first:])
 
 
 def _prompt(encoder: Encoder, row: Row) -> str | Skip:

@@ -7,18 +7,20 @@ import ctypes
 import functools
 import itertools
 import logging
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
-from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from leaf_kernels import SharedPrefixLayout, linear_cross_entropy
 from leaf_kernels.integrations.transformers import NAME, check_model, register
 
 from .data import Sample, Skip
+from .generate import free_memory, is_out_of_memory
+from .loading import decoder_layers
 from .objective import Head, check_head, head_of, hidden_states
 
 logger = logging.getLogger(__name__)
@@ -42,7 +44,7 @@ class Sensitivity(NamedTuple):
     nll: torch.Tensor | None  # [n] fp32, −log p of each scored token given what precedes it; None unless asked for
 
 
-class _Gradient(NamedTuple):
+class Gradient(NamedTuple):
     """Of a pack of N tokens, on the model's devices."""
 
     embeddings: torch.Tensor  # [1, N, H], of the loss
@@ -70,13 +72,14 @@ def sensitivities(
     Logits are never held for more than a chunk of the response rows. The model is left frozen, in eval mode and on
     `attn_implementation="leaf"`.
 
-    What does not fit into memory is cut: a pack is halved down to single samples; a sample that does not fit alone is
-    tried once more with its checkpoints in host memory (on a GPU); then it is a skip, `oom`.
+    What does not fit into memory is tried with checkpoints, then cut: a pack is halved down to single samples; a sample
+    that does not fit alone is tried once more with its checkpoints in host memory (on a GPU); then it is a skip, `oom`.
 
     Args:
         max_tokens: budget of a pack; a longer sample gets a pack of its own.
         perplexity: also the −log p of each scored token.
-        activation_checkpointing: None = for packs whose activations would take more memory than the model's weights.
+        activation_checkpointing: None = for packs whose activations would take more memory than the model's weights; False
+            = only where memory does not suffice.
     """
     scorer = Scorer(model, perplexity=perplexity, activation_checkpointing=activation_checkpointing)
     for pack in batches(samples, max_tokens):
@@ -98,10 +101,19 @@ def batches(items: Sequence[Item], max_tokens: int) -> Iterator[list[Item]]:
 
 
 class Scorer:
-    """`sensitivities`, pack by pack."""
+    """`sensitivities`, pack by pack.
+
+    in_step: the ranks hold a share of each layer and call this equally often. Every pack is checkpointed, and one that does
+    not fit is a MemoryError: a rank that cut it would leave the others waiting.
+    """
 
     def __init__(
-        self, model: PreTrainedModel, *, perplexity: bool = False, activation_checkpointing: bool | None = None
+        self,
+        model: PreTrainedModel,
+        *,
+        perplexity: bool = False,
+        activation_checkpointing: bool | None = None,
+        in_step: bool = False,
     ):
         register()
         check_model(model)
@@ -109,54 +121,66 @@ class Scorer:
         model.requires_grad_(False).eval()
         check_head(model)
         self.model, self.perplexity, self.head = model, perplexity, head_of(model)
-        self.layers: list[Any] = [m for m in model.base_model.modules() if isinstance(m, GradientCheckpointingLayer)]
+        self.in_step = in_step
+        activation_checkpointing = in_step or activation_checkpointing
+        self.layers = decoder_layers(model)
         self.mlps = [layer.mlp for layer in self.layers] if _mlps_are_row_wise(model, self.layers) else []
-        self.keeps: float = float("inf")  # activations of packs of up to so many tokens
-        if self.layers and model.supports_gradient_checkpointing and activation_checkpointing is not False:
+        self.keeps = float("inf")  # activations of packs of up to so many tokens
+        if self.layers and activation_checkpointing is not False:
             weights = sum(p.nbytes for p in model.parameters())
             self.keeps = 0 if activation_checkpointing else weights / activation_bytes_per_token(model)
-        self.too_many: float = float("inf")  # tokens that did not fit, the fewest so far
-
-    def _checkpoint(self, offload: bool) -> None:
-        """Checkpoints every layer but the last, whose activations its own backward needs right away."""
-        self.model.activation_checkpointing_enable(offload=offload)
-        for layer in self.layers:
-            layer.training = True  # checkpoints in train mode only; its children stay in eval mode: no dropout
-        self.layers[-1].gradient_checkpointing = False
+        self.too_many = float("inf")  # tokens that did not fit though they were checkpointed, the fewest so far
 
     def __call__(self, batch: Sequence[Sample]) -> list[Sensitivity | Skip]:
         """Cuts a pack until it fits; what does not fit alone even with all that saves memory is skipped."""
         tokens = sum(len(sample.input_ids) for sample in batch)
-        if tokens < self.too_many:
-            if result := self._try(batch, offload=False):
+        if tokens <= self.keeps:
+            if result := self._try(batch, checkpoints=False):
+                return result
+            self.keeps = tokens - 1
+        if self.layers and tokens < self.too_many:
+            if result := self._try(batch, checkpoints=True):
                 return result
             self.too_many = tokens
+        if self.in_step:
+            raise MemoryError(
+                f"a pack of {tokens} tokens does not fit into memory beside a sharded teacher: give a smaller --max-tokens, "
+                "or a smaller --max-length where a single row is that long"
+            )
         if len(batch) > 1:
             half = len(batch) // 2
             return self(batch[:half]) + self(batch[half:])
-        if self.keeps < float("inf") and self.head.weight.is_cuda and (result := self._try(batch, offload=True)):
+        if self.layers and self.head.weight.is_cuda and (result := self._try(batch, checkpoints=True, offload=True)):
             return result
         return [Skip(batch[0].id, "oom", f"{tokens} tokens do not fit into memory, not even alone")]
 
-    def _try(self, batch: Sequence[Sample], offload: bool) -> list[Sensitivity | Skip] | None:
-        """None where memory does not suffice. offload: checkpoints wait in host memory."""
-        checkpoints = offload or sum(len(sample.input_ids) for sample in batch) > self.keeps
-        if checkpoints:
-            self._checkpoint(offload)
+    def _try(
+        self, batch: Sequence[Sample], checkpoints: bool, offload: bool = False
+    ) -> list[Sensitivity | Skip] | None:
+        """None where memory does not suffice. checkpoints: with MLPs in tiles. offload: they wait in host memory."""
         try:
-            return list(self._measure(batch, in_tiles=checkpoints))
+            with self.saving(checkpoints, offload):
+                return list(self._measure(batch))
         except RuntimeError as error:
-            if not should_reduce_batch_size(error):
+            if not is_out_of_memory(error):
                 raise
-        finally:
-            if checkpoints:
-                self.model.activation_checkpointing_disable()
-                self.model.eval()
-        # Not within the handler: there, the traceback still holds the activations
-        clear_device_cache(garbage_collection=True)
+        free_memory()  # not within the handler: there, the traceback still holds the activations
         return None
 
-    def _gradient(self, batch: Sequence[Sample], in_tiles: bool) -> _Gradient:
+    @contextlib.contextmanager
+    def saving(self, checkpoints: bool, offload: bool = False) -> Iterator[None]:
+        """Inside, the model's layers keep less."""
+        with contextlib.ExitStack() as stack:
+            if checkpoints:
+                for layer in self.layers[:-1]:  # the last one's backward needs its activations right away
+                    stack.enter_context(_replaced(layer, _checkpointed))
+                for mlp in self.mlps:
+                    stack.enter_context(_replaced(mlp, _in_tiles))
+            if offload:
+                stack.enter_context(torch.autograd.graph.save_on_cpu(pin_memory=True))
+            yield
+
+    def gradient(self, batch: Sequence[Sample]) -> Gradient:
         """The forward and backward of a pack; reads no value back from the device."""
         model, head = self.model, self.head
         embed: Any = model.get_input_embeddings()
@@ -180,8 +204,6 @@ class Scorer:
         embeddings = embed(input_ids.to(near)[None]).detach().requires_grad_()
         inputs = {"inputs_embeds": embeddings, "position_ids": layout.position_ids[None], "layout": layout}
         with torch.enable_grad(), contextlib.ExitStack() as stack:
-            for mlp in self.mlps if in_tiles else ():
-                stack.enter_context(_replaced(mlp, _in_tiles))
             if self.mlps and not self.perplexity:  # only these rows of the last layer's MLP enter the loss
                 stack.enter_context(_replaced(self.mlps[-1], functools.partial(_on_rows, rows=response_rows.to(far))))
             hidden = hidden_states(model, inputs).to(far)
@@ -190,10 +212,10 @@ class Scorer:
             )
             _return_freed_memory(near)
             (gradient,) = torch.autograd.grad(loss, embeddings)
-        return _Gradient(gradient, per_token * token_weight, hidden.detach(), labels, layout)
+        return Gradient(gradient, per_token * token_weight, hidden.detach(), labels, layout)
 
-    def _measure(self, batch: Sequence[Sample], in_tiles: bool) -> Iterator[Sensitivity]:
-        gradient, weighted, hidden, labels, layout = self._gradient(batch, in_tiles)
+    def _measure(self, batch: Sequence[Sample]) -> Iterator[Sensitivity]:
+        gradient, weighted, hidden, labels, layout = self.gradient(batch)
         head, lengths = self.head, [len(s.input_ids) for s in batch]
         starts = itertools.accumulate(lengths, initial=0)
         norm = torch.linalg.vector_norm(gradient[0], dim=-1, dtype=torch.promote_types(gradient.dtype, torch.float32))
@@ -242,26 +264,32 @@ def _few_tokens(model: PreTrainedModel, n: int) -> dict[str, Any]:
 def _return_freed_memory(device: torch.device) -> None:
     """glibc keeps freed blocks of up to 32 MiB, which are most tensors on a CPU, in a heap with holes: 100 MiB and more
     that the larger blocks of a backward cannot use. GPUs have torch's own allocator."""
-    if device.type == "cpu" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):
+    glibc = sys.platform == "linux" and device.type == "cpu"
+    if glibc and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):
         trim(0)
 
 
-# -- MLPs on some rows at a time ---------------------------------------------------------------------------------------
+# -- Layers that keep less ---------------------------------------------------------------------------------------------
 
-Forward = Callable[[torch.Tensor], torch.Tensor]
+Forward = Callable[..., Any]
 
 
 @contextlib.contextmanager
-def _replaced(mlp: torch.nn.Module, by: Callable[[Forward, torch.Tensor], torch.Tensor]) -> Iterator[None]:
-    """`mlp(x)` is `by(its forward, x)`."""
-    own = vars(mlp).get("forward")  # a hook's, or none: that of the class
-    mlp.forward = functools.partial(by, mlp.forward)
+def _replaced(module: torch.nn.Module, by: Callable[..., Any]) -> Iterator[None]:
+    """`module(...)` is `by(its forward, ...)`."""
+    own = vars(module).get("forward")  # a hook's, or none: that of the class
+    module.forward = functools.partial(by, module.forward)
     try:
         yield
     finally:
-        del mlp.forward
+        del module.forward
         if own is not None:
-            mlp.forward = own
+            module.forward = own
+
+
+def _checkpointed(forward: Forward, *args: Any, **kwargs: Any) -> Any:
+    """Not `model.activation_checkpointing_enable()`: that works in train mode only, where a layer may drop out."""
+    return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
 
 
 def _on_rows(forward: Forward, x: torch.Tensor, *, rows: torch.Tensor) -> torch.Tensor:
@@ -311,16 +339,31 @@ class _Tiled(torch.autograd.Function):
 
 @torch.no_grad()
 def _mlps_are_row_wise(model: PreTrainedModel, layers: Sequence[Any]) -> bool:
-    """Whether the last layer's `mlp` takes each row by itself and what follows it mixes no rows, tried on a few tokens."""
-    if not all(isinstance(getattr(layer, "mlp", None), torch.nn.Module) for layer in layers) or not layers:
+    """Whether every layer's `mlp` takes each row by itself and nothing after the last mixes rows, tried on a few tokens."""
+    mlps = [getattr(layer, "mlp", None) for layer in layers]
+    if not mlps or not all(isinstance(mlp, torch.nn.Module) for mlp in mlps):
         return False
     inputs, rows = _few_tokens(model, 8), torch.tensor([2, 5, 7])
-    whole = hidden_states(model, inputs)
+    equal: list[bool] = []
+
+    def both_ways(forward: Forward, x: torch.Tensor) -> torch.Tensor:
+        y = forward(x)
+        equal.append(_equal(_on_rows(forward, x, rows=rows)[0, rows], y[0, rows]))
+        return y
+
     try:
-        with _replaced(layers[-1].mlp, functools.partial(_on_rows, rows=rows)):
+        with contextlib.ExitStack() as stack:
+            for mlp in mlps:
+                stack.enter_context(_replaced(mlp, both_ways))  # type: ignore[arg-type]
+            whole = hidden_states(model, inputs)
+        with _replaced(mlps[-1], functools.partial(_on_rows, rows=rows)):  # type: ignore[arg-type]
             part = hidden_states(model, inputs)
     except (TypeError, AttributeError, RuntimeError) as error:  # it returns or takes something else than rows
         logger.info("%s: MLPs are computed on all rows: %s", type(model).__name__, error)
         return False
-    difference, size = (whole - part)[rows].float().norm(), whole[rows].float().norm()
-    return bool(difference <= 8 * torch.finfo(whole.dtype).eps * size)
+    return all(equal) and _equal(part[rows], whole[rows])
+
+
+def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """But for the rounding of matrix products of other sizes."""
+    return bool((a - b).float().norm() <= 8 * torch.finfo(b.dtype).eps * b.float().norm())

@@ -21,11 +21,12 @@ from .distill import distill
 from .evaluate import attention_to_flagged, summary
 from .prune import prune_row
 from .run import Produced, Run, grader_of, prune_options, read
-from .score import score_row, skipped_row
+from .score import score_pair, skipped_row
 from .select import Answer, Selected, answer_rows, roles
 from .select import decide as decide_row
 from .sensitivity import Scorer, Sensitivity, batches
 from .tables import Table, digest, model_key, open_table
+from .units import Pair, read_pairs
 from .verify import ROLES, answered_rightly
 from .verify import decide as decide_counterfactual
 
@@ -82,15 +83,15 @@ def select(run: Run) -> Table:
     unchecked = run.config.responses == "teacher"  # a response is wanted of rows without an answer too
 
     def produce(todo: Sequence[Row | Skip]) -> Produced:
-        told = {role: iter([*_answers(run, f"select-{role}", name, rows, unchecked)]) for role, name in asked.items()}
-        for n, unit in enumerate(units):
+        first = sum(isinstance(unit, Row) for unit in units[: len(units) - len(todo)])
+        told = {role: _answers(run, f"select-{role}", name, rows, unchecked, first) for role, name in asked.items()}
+        for unit in todo:
             if isinstance(unit, Row):
                 each = {role: next(told[role]) if role in told else None for role in ("teacher", "student")}
                 row = _stored(decide_row(unit, **each, select=run.config.select, responses=run.config.responses))
             else:
                 row = {"id": unit.id, "status": "skipped", "reason": unit.reason, "detail": unit.detail}
-            if n >= len(units) - len(todo):
-                yield [row], _status(row)
+            yield [row], _status(row)
 
     rows_read = digest([dataclasses.asdict(unit) for unit in units])
     key = run.key("select", rows=rows_read, **run.asked_key(asked))
@@ -102,49 +103,64 @@ def select(run: Run) -> Table:
     return table
 
 
-def encoded(run: Run, rows: Iterable[Row]) -> list[Sample | Skip]:
-    """The samples of rows, at the levels that are scored."""
-    both = ("instruction", "response")
-    levels = both if run.config.level == "both" else (run.config.level,)
-    encode = functools.partial(run.encoder.encode, segments=run.config.segments)
-    return [unit for row in rows for level in levels for unit in encode(row, level=level)]
-
-
 def selected_rows(run: Run) -> list[Row]:
     """What the select stage left."""
     rows = (restore_row(row) for row in open_table(run.folder / "select") if row["status"] == "ok")
     return [row for row in rows if isinstance(row, Row)]
 
 
+def encoded(run: Run, rows: Iterable[Row | Skip]) -> list[Pair | Skip]:
+    """The samples of rows, at the levels that are scored, as each model reads them."""
+    both = ("instruction", "response")
+    levels = both if run.config.level == "both" else (run.config.level,)
+    encode = functools.partial(run.encoder.encode, segments=run.config.segments)
+    samples = (
+        unit
+        for row in rows
+        for units in ([[row]] if isinstance(row, Skip) else (encode(row, level=level) for level in levels))
+        for unit in units
+    )
+    return list(read_pairs(samples, run.reader))
+
+
 def score(run: Run) -> Table:
     """Both sensitivities and the score of every sample (E1–E3)."""
     kept = selected_rows(run)
-    units = encoded(run, kept)
-    samples = [unit for unit in units if isinstance(unit, Sample)]
-    rendered = digest([dataclasses.asdict(unit) for unit in units])
     models = run.models()
-
-    packs = list(batches(samples, run.config.max_tokens))  # of the whole table: whoever measures one, it is the same
+    units = encoded(run, kept)
+    samples = {role: [getattr(unit, role) for unit in units if isinstance(unit, Pair)] for role in models}
+    rendered = {
+        role: digest([dataclasses.asdict(unit if isinstance(unit, Skip) else getattr(unit, role)) for unit in units])
+        for role in models
+    }
 
     def measure(role: str) -> Table:
         """In a table of its own, one model at a time: a new student does not measure the teacher again."""
+        name = run.name(role)
         perplexity = role == "student" and run.config.signal == "perplexity"
+        shard = role == "teacher" and run.config.shard_teacher
+        packs = list(batches(samples[role], run.config.max_tokens))  # of all: whoever measures one, it is the same
 
         def produce(todo: Sequence[list[Sample]]) -> Produced:
-            scorer = Scorer(run.load(run.name(role)), perplexity=perplexity)
+            steps = run.most(len(todo)) if shard else len(todo)
+            if not steps:
+                return
+            scorer = Scorer(run.load(name, shard=shard), perplexity=perplexity, in_step=shard)
             for pack in todo:
                 rows = [_stored_sensitivity(one) for one in scorer(pack)]
                 yield rows, collections.Counter(f"skipped:{row['skip']}" for row in rows if "skip" in row)
+            for _ in range(steps - len(todo)):  # the ranks with more packs gather their layers from this one too
+                scorer([_idle(samples[role][0])])
 
-        key = {"samples": rendered, "model": models[role], "perplexity": perplexity, "dtype": run.dtype}
-        key = {"leaf": __version__, **key}
-        return run.table(f"score-{role}", key, SENSITIVITY, packs, produce, tokens=_tokens)
+        key = {"samples": rendered[role], "model": models[role], "perplexity": perplexity, "dtype": run.dtype}
+        key = {"leaf": __version__, "quantization": run.quantization(name), **key}
+        return run.table(f"score-{role}", key, SENSITIVITY, packs, produce, tokens=_tokens, in_step=shard)
 
-    def merge(todo: Sequence[Sample | Skip]) -> Produced:
-        measured = zip(*(_from(table, units, todo, Sample) for table in (teacher, student)))
+    def merge(todo: Sequence[Pair | Skip]) -> Produced:
+        measured = zip(*(_from(table, units, todo, Pair) for table in (teacher, student)))
         for unit in todo:
-            own = map(_sensitivity, next(measured)) if isinstance(unit, Sample) else ()
-            row = skipped_row(unit) if isinstance(unit, Skip) else score_row(unit, *own)
+            own = map(_sensitivity, next(measured)) if isinstance(unit, Pair) else ()
+            row = skipped_row(unit) if isinstance(unit, Skip) else score_pair(unit, *own)
             yield [row], _status(row)
 
     teacher, student = measure("teacher"), measure("student")
@@ -165,12 +181,16 @@ def preview_score(run: Run, console: Console) -> None:
 
     kept = selected_rows(run)
     units = encoded(run, kept)
-    samples = count(units, run.config.max_tokens, console)
-    usable = len({sample.id for sample in samples})
+    usable = len({unit.student.id for unit in units if isinstance(unit, Pair)})
+    count(units, run.config.max_tokens, console)
     counts = collections.Counter(f"skipped:{unit.reason}" if isinstance(unit, Skip) else "ok" for unit in units)
     run.check("score", usable, len(kept), skipped=len(kept) - usable, remedy=SCORE_REMEDY, counts=counts)
-    estimator = estimator_of(run.config, Workload.of(samples, run.config.max_tokens))
-    report(estimator, [estimator.scoring(role) for role in ("teacher", "student")], console)
+    estimators = {
+        role: estimator_of(run.config, Workload.of(units, role, run.config.max_tokens))
+        for role in ("teacher", "student")
+    }
+    scoring = [estimator.scoring(role) for role, estimator in estimators.items()]
+    report(estimators["student"], scoring, console)
 
 
 def prune(run: Run) -> Table:
@@ -203,9 +223,9 @@ def verify(run: Run) -> Table:
         told = {}
         for role, name in asked.items():
             ask = functools.partial(run.ask, name, f"verify-{role}")
-            told[role] = list(answered_rightly(ask, rows, references, grader=grader_of(run.config)))
+            told[role] = answered_rightly(ask, rows, references, grader=grader_of(run.config), first=todo[0])
         for n in todo:
-            verdict = decide_counterfactual(rows[n], {role: right[n] for role, right in told.items()})
+            verdict = decide_counterfactual(rows[n], {role: next(right) for role, right in told.items()})
             label = {True: "verified", False: "dropped", None: "unverified"}[verdict["verified"]]
             yield [verdict], {":".join(filter(None, (label, verdict["reason"]))): 1}
 
@@ -245,8 +265,8 @@ def evaluate(run: Run) -> Table:
     attended = {label: attention(f"attention-{label}", model) for label, model in models.items()}
 
     def produce(labels: Sequence[str]) -> Produced:
-        for label in labels:
-            answered = _answers(run, f"eval-{label}", models[label], rows)
+        told = {label: _answers(run, f"eval-{label}", models[label], rows) for label in labels}
+        for label, answered in told.items():
             yield [{"model": label, **summary(answered, (row["attention"] for row in attended[label]))}], {}
 
     key = run.key(
@@ -315,10 +335,13 @@ def restore_row(row: Mapping[str, Any]) -> Row | Skip:
     return Row(row["id"], json.loads(row["messages"]), scored, row["answer"], json.loads(row["record"]))
 
 
-def _answers(run: Run, label: str, model: str, rows: Sequence[Row], unchecked: bool = False) -> Iterator[Answer | Skip]:
-    """What a model answers each row, graded."""
+def _answers(
+    run: Run, label: str, model: str, rows: Sequence[Row], unchecked: bool = False, first: int = 0
+) -> Iterator[Answer | Skip]:
+    """What a model answers each row from `first` on; it is asked at once, answers are graded as they are read."""
     ask = functools.partial(run.ask, model, label)
-    return answer_rows(ask, run.encoder, rows, grader=grader_of(run.config), ask_unchecked=unchecked)
+    grader = grader_of(run.config)
+    return answer_rows(ask, run.encoder, rows, grader=grader, ask_unchecked=unchecked, first=first)
 
 
 def _stored(chosen: Selected) -> dict[str, Any]:
@@ -343,6 +366,11 @@ def _from(table: Table, units: Sequence[Any], todo: Sequence[Any], kind: type) -
 
 def _tokens(pack: Sequence[Sample]) -> int:
     return sum(len(sample.input_ids) for sample in pack)
+
+
+def _idle(sample: Sample) -> Sample:
+    """The least that can be scored."""
+    return dataclasses.replace(sample, input_ids=sample.input_ids[:2], response_start=1, scored=[False, False])
 
 
 def _stored_sensitivity(one: Sensitivity | Skip) -> dict[str, Any]:

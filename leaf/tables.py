@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import collections
 import hashlib
+import itertools
 import json
 import os
 import pathlib
@@ -79,24 +80,25 @@ def open_table(path: str | os.PathLike[str]) -> Table:
     """
     folder = pathlib.Path(path)
     manifest = _read_manifest(folder)
+    command = f"run `leaf {folder.name.partition('-')[0]}`"  # the stage of score-teacher is score
     finished = {shard["file"] for shard in manifest["shards"]} if manifest else set()
     if {path.name for path in folder.glob("part-*.parquet")} - finished:
-        raise ValueError(f"{folder} is unfinished: run `leaf {folder.name}` again, it goes on where it stopped")
+        raise ValueError(f"{folder} is unfinished: {command} again, it goes on where it stopped")
     if manifest is None:
-        raise ValueError(f"{folder} holds no table: run `leaf {folder.name}` first")
+        raise ValueError(f"{folder} holds no table: {command} first")
     for shard in manifest["shards"]:
         if not _is_good(folder, shard):
-            raise ValueError(f"{folder / shard['file']} is damaged: run `leaf {folder.name}` again")
+            raise ValueError(f"{folder / shard['file']} is damaged: {command} again")
     return Table(folder, manifest)
 
 
-def is_current(path: str | os.PathLike[str], key: Mapping[str, Any]) -> bool:
-    """Whether `path` holds a finished, undamaged table made with `key`."""
+def current_table(path: str | os.PathLike[str], key: Mapping[str, Any]) -> Table | None:
+    """The finished, undamaged table in `path` if it was made with `key`."""
     folder = pathlib.Path(path)
     manifest = _read_manifest(folder)
-    return bool(
-        manifest and manifest["key"] == _plain(key) and all(_is_good(folder, shard) for shard in manifest["shards"])
-    )
+    if manifest and manifest["key"] == _plain(key) and all(_is_good(folder, shard) for shard in manifest["shards"]):
+        return Table(folder, manifest)
+    return None
 
 
 def write_table(
@@ -110,6 +112,7 @@ def write_table(
     sizes: Sequence[int] | None = None,
     rank: int = 0,
     ranks: int = 1,
+    in_step: bool = False,
 ) -> Table | None:
     """The table of `units` under `key`, computing only what is missing.
 
@@ -123,26 +126,28 @@ def write_table(
         sizes: how much work each unit is. Shards are then of equal work instead of equal length.
         rank, ranks: with `sizes`, the shards are dealt out to so many processes, all of which call this. Rank 0 waits for
             the others' shards and finishes the table; the others return None when theirs are written.
+        in_step: `produce` works in step with the other ranks: unless the table is finished, it is called whether or not
+            units are missing here, and it is run to its end.
     """
     folder = pathlib.Path(path)
     folder.mkdir(parents=True, exist_ok=True)
     shards = _cut(len(units), sizes)
-    tag = digest({"key": _plain(key), "shards": [(shard.start, shard.stop) for shard in shards]})[:8]
+    bounds = [(shard.start, shard.stop) for shard in shards]
+    tag = digest({"key": _plain(key), "shards": bounds, "sizes": sizes})[:8]  # units of other sizes are other units
     files = [folder / f"part-{n:05d}-{tag}.parquet" for n in range(len(shards))]
-    old = _read_manifest(folder)
+    old, damaged = _read_manifest(folder), set[str]()
     if old and old["key"] != _plain(key):
         log(f"{folder.name}: computed again, because {_changed(old['key'], _plain(key))} changed")
     elif old:
-        damaged = [shard["file"] for shard in old["shards"] if not _is_good(folder, shard)]
+        damaged = {shard["file"] for shard in old["shards"] if not _is_good(folder, shard)}
         if not damaged:
             log(f"{folder.name}: unchanged")
-            _remove_others(folder, old)
+            if rank == 0:
+                _remove_others(folder, old)
             return Table(folder, old)
-        log(f"{folder.name}: {damaged[0]} is damaged, computed again")
-        for file in damaged:
-            (folder / file).unlink(missing_ok=True)
+        log(f"{folder.name}: {min(damaged)} is damaged, computed again")
 
-    missing = [n for n, file in enumerate(files) if not _is_whole(file)]
+    missing = [n for n, file in enumerate(files) if file.name in damaged or not _is_whole(file)]
     if sizes is None:
         missing = list(range(missing[0], len(files))) if missing else []
         mine = missing
@@ -150,10 +155,12 @@ def write_table(
         # All shards are dealt out, not those that are missing: by now another process may have written one of its own.
         dealt = _deal([sum(sizes[shard]) for shard in shards], ranks)
         mine = [n for n in missing if dealt[n] == rank]
+    for n in mine:  # nobody else may: by now they may have written theirs anew
+        files[n].unlink(missing_ok=True)
     if len(missing) < len(files):
         log(f"{folder.name}: resumed after {len(files) - len(missing)} of {len(files)} shards")
     todo = [unit for n in mine for unit in units[shards[n]]]
-    produced = iter(produce(todo) if todo else ())
+    produced = iter(produce(todo) if todo or in_step else ())
     for n in mine:
         rows: list[Row] = []
         counts: collections.Counter[str] = collections.Counter()
@@ -163,10 +170,14 @@ def write_table(
             counts.update(unit_counts)
         facts = {"units": shards[n].stop - shards[n].start, "rows": len(rows), "counts": dict(counts)}
         _write_atomically(files[n], _parquet(rows, schema.with_metadata({_FACTS: json.dumps(facts)})))
+    if in_step:
+        collections.deque(produced, maxlen=0)
     if rank != 0:
         return None
-    while not all(file.exists() for file in files):
-        time.sleep(0.2)
+    others = [file for n, file in enumerate(files) if n not in mine]
+    wait_until(
+        lambda: all(map(_is_whole, others)), f"{folder.name}: waiting for the shards of the other processes", log
+    )
     manifest: dict[str, Any] = {"key": _plain(key), "shards": [_facts(file) for file in files]}
     _write_manifest(folder, manifest | {"counts": _counts(manifest)})
     _remove_others(folder, manifest)
@@ -176,7 +187,17 @@ def write_table(
 def _remove_others(folder: pathlib.Path, manifest: Mapping[str, Any]) -> None:
     """Shards of the table before, or of one that was never finished: a folder holds one table."""
     for stale in {path.name for path in folder.glob("part-*")} - {shard["file"] for shard in manifest["shards"]}:
-        (folder / stale).unlink()
+        (folder / stale).unlink(missing_ok=True)
+
+
+def wait_until(done: Callable[[], bool], what: str, log: Callable[[str], None]) -> None:
+    """Looks every second for what other processes write, and says so after a minute."""
+    for second in itertools.count():
+        if done():
+            return
+        if second == 60:
+            log(what)
+        time.sleep(1)
 
 
 def _cut(units: int, sizes: Sequence[int] | None) -> list[slice]:
@@ -184,14 +205,9 @@ def _cut(units: int, sizes: Sequence[int] | None) -> list[slice]:
     if sizes is None:
         ends = [*range(SHARD_UNITS, units, SHARD_UNITS), units]
     else:
-        limit = min(sum(sizes) / SHARDS, SHARD_SIZE)
-        ends, size = [], 0
-        for n, one in enumerate(sizes):
-            size += one
-            if size >= limit or n == units - 1:
-                ends.append(n + 1)
-                size = 0
-        ends = ends or [0]
+        limit = min(max(sum(sizes), 1) / SHARDS, SHARD_SIZE)
+        passed = [total // limit for total in itertools.accumulate(sizes, initial=0)]
+        ends = [n for n in range(1, units) if passed[n] > passed[n - 1]] + [units]
     return [slice(start, end) for start, end in zip([0, *ends], ends)]
 
 
@@ -276,8 +292,9 @@ def _facts(path: pathlib.Path) -> dict[str, Any]:
 
 def _read_manifest(folder: pathlib.Path) -> dict[str, Any] | None:
     try:
-        return json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    except FileNotFoundError:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        return manifest if {"key", "shards"} <= manifest.keys() else None
+    except (FileNotFoundError, ValueError, AttributeError):  # there is none, or none that vouches for anything
         return None
 
 

@@ -48,8 +48,11 @@ def answered_rightly(
     answers: Mapping[str, str | None],
     *,
     grader: str | Grader = "math",
+    first: int = 0,
 ) -> Iterator[bool | None]:
-    """For each counterfactual, in order: whether the model's greedy continuation of its prompt is right.
+    """For each counterfactual from `first` on: whether the model's greedy continuation of its prompt is right.
+
+    The model is asked at once, about all of them; answers are graded as they are read, in order.
 
     At response level the prompt holds the pruned first part of the response, and the continuation alone is graded: "exact",
     which compares whole responses, is for the instruction level, and "python" wants the whole program after the cut (what
@@ -59,8 +62,11 @@ def answered_rightly(
     wanted = [answers[row["source_id"]] for row in counterfactuals]
     can_check = [answer is not None and checkable(grader, answer) for answer in wanted]
     said = ask([row["prompt"] for row, check in zip(counterfactuals, can_check) if check])
-    for row, answer, check in zip(counterfactuals, wanted, can_check):
-        yield grade(said[row["prompt"]], answer) if check else None  # type: ignore[arg-type]
+
+    def verdict(row: Counterfactual, answer: str, check: bool) -> bool | None:
+        return grade(said[row["prompt"]], answer) if check else None
+
+    return map(verdict, counterfactuals[first:], wanted[first:], can_check[first:])  # type: ignore[arg-type]
 
 
 def decide(row: Counterfactual, right: Mapping[str, bool | None]) -> dict[str, Any]:

@@ -205,13 +205,15 @@ class SharedPrefixLayout:
         return moved
 
     def to(self, device: torch.device | str | int, non_blocking: bool = False) -> SharedPrefixLayout:
-        """This layout on another device; schedules are rebuilt there on first use."""
+        """This layout on another device, the same object at every call: each device builds its schedules once, also where a
+        model that spans devices moves the layout to each of its layers."""
         target = torch.device(device)
         if target.type == "cuda" and target.index is None:
             target = torch.device("cuda", torch.cuda.current_device())
         if self.device == target:
             return self
-        return self._map(lambda t: t.to(device, non_blocking=non_blocking))
+        key = ("to", target, non_blocking)
+        return self.cached(key, lambda: self._map(lambda t: t.to(device, non_blocking=non_blocking)))
 
     def pin_memory(self, device: Any = None) -> SharedPrefixLayout:
         """A copy in pinned memory, so that `.to(..., non_blocking=True)` overlaps with compute."""

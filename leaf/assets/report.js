@@ -122,7 +122,7 @@ function showTip(token) {
   const sample = samples[shown[at]];
   const i = Number(token.dataset.index);
   const tip = byId("tip");
-  const head = make("p", "", make("code", "", ...visible(sample.tokens[i])), ` token ${i}, id ${sample.ids[i]}`);
+  const head = make("p", "", make("code", "", ...visible(sample.tokens[i])), ` ${sample.ids ? `token ${i}, id ${sample.ids[i]}` : `text unit ${i}`}`);
   if (sample.score[i] === null) {
     tip.replaceChildren(head, make("p", "quiet", "not scored"));
   } else {

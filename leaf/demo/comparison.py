@@ -106,21 +106,21 @@ def one_thread() -> Iterator[None]:
 def run_seed(recipe: Recipe, seed: int, ui: Ui) -> tuple[dict[str, Any], Artifacts]:
     """One seed: its numbers, in the nesting of `results.json` with a number in place of each list, and its artifacts."""
     seconds: dict[str, float] = defaultdict(float)
-    with _clock(seconds, "total"):
+    with clock(seconds, "total"):
         tokenizer = make_tokenizer()
         encoder = Encoder(tokenizer)
-        with _clock(seconds, "teacher"):
+        with clock(seconds, "teacher"):
             teacher = train_teacher(
                 tokenizer, seed, steps=recipe.teacher_steps, spare_operands=recipe.spare_operands, track=ui.track
             )
-        with _clock(seconds, "student"):
+        with clock(seconds, "student"):
             student, student_steps = train_student(tokenizer, seed, track=ui.track)
             ui.say(f"seed {seed}, student: stopped after {student_steps} steps, where its shortcut is strongest")
         tests = {name: make_rows(name, recipe.test_rows, seed) for name in TEST_SETS}
         watched = _watched(tests["adversarial"][:ATTENTION_ROWS], encoder)
 
         def measure(name: str, model: PreTrainedModel) -> dict[str, float]:
-            with _clock(seconds, "evaluate"):
+            with clock(seconds, "evaluate"):
                 scores = {test: accuracy(model, tokenizer, rows) for test, rows in tests.items()}
                 attention = list(attention_to_marked(model, watched, max_tokens=MAX_TOKENS))
             ui.say(f"seed {seed}, {name}: " + ", ".join(f"{test} {score:.3f}" for test, score in scores.items()))
@@ -132,13 +132,13 @@ def run_seed(recipe: Recipe, seed: int, ui: Ui) -> tuple[dict[str, Any], Artifac
             ui.say(f"seed {seed}: the student lies outside the useful window {WINDOW}; its comparison says little")
 
         loaders = {"teacher": lambda: copy.deepcopy(teacher), "student": lambda: copy.deepcopy(student)}
-        with _clock(seconds, "select"):
-            corpus = _read(make_rows("corpus", recipe.corpus_rows, seed))
+        with clock(seconds, "select"):
+            corpus = read(make_rows("corpus", recipe.corpus_rows, seed))
             asked = list(select_rows(corpus, encoder, loaders, select="student_wrong", **GRADING))
             rows = [row for row, one in zip(corpus, asked) if one.teacher and one.teacher.right]
             student_wrong = {one.id for one in asked if one.status == "ok"}  # and teacher right
-        with _clock(seconds, "score"):
-            samples = [_encode(encoder, row) for row in rows]
+        with clock(seconds, "score"):
+            samples = [encode(encoder, row) for row in rows]
             perplexity = any(ARMS[arm].prune == PruneConfig(signal="perplexity") for arm in recipe.arms)
             scores = list(score_samples(samples, *loaders.values(), max_tokens=MAX_TOKENS, perplexity=perplexity))
         records = {row.id: row.record for row in rows}
@@ -150,13 +150,13 @@ def run_seed(recipe: Recipe, seed: int, ui: Ui) -> tuple[dict[str, Any], Artifac
             arm = ARMS[name]
             selected = [row for row in scores if arm.select == "teacher_right" or row["id"] in student_wrong]
             if arm.prune or arm.oracle:
-                with _clock(seconds, "prune"):
+                with clock(seconds, "prune"):
                     made = list(prune(selected, arm.prune) if arm.prune else oracle(selected, records))
-                with _clock(seconds, "verify"):
+                with clock(seconds, "verify"):
                     kept[name] = list(verify_rows(made, answers, encoder, loaders, verify=arm.verify, **GRADING))
                 counts[name] = {"made": len(made), "kept": sum(c["verified"] for c in kept[name])}
             groups = build_groups(selected, kept.get(name, ()), encoder.encode_text, originals=arm.originals)
-            with _clock(seconds, "distil"):
+            with clock(seconds, "distil"):
                 model = distil(student, teacher, groups, recipe, seed)
             arms[name] = measure(name, model)
 
@@ -171,7 +171,7 @@ def run_seed(recipe: Recipe, seed: int, ui: Ui) -> tuple[dict[str, Any], Artifac
         "counts": counts,
         "seconds": dict(seconds),
     }
-    return _rounded(result), Artifacts(tokenizer, teacher, student, rows, scores, kept.get("leaf", []))
+    return rounded(result), Artifacts(tokenizer, teacher, student, rows, scores, kept.get("leaf", []))
 
 
 def distil(
@@ -212,7 +212,7 @@ def distil(
 
 def summarise(preset: str, measured: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """`results.json` from the numbers of each seed."""
-    stacked = _stacked(measured)
+    stacked = stack(measured)
     arms = stacked["arms"]
     paired = {
         f"{a} - {b}": {test: [round(x - y, 4) for x, y in zip(arms[a][test], arms[b][test])] for test in TEST_SETS}
@@ -227,11 +227,11 @@ def summary(results: dict[str, Any]) -> rich.console.Group:
     names = [test.replace("_", " ") for test in TEST_SETS]
     arms = Table("arm", *names, "attention to Z", title=f"exact match, {len(results['seeds'])} seed(s)")
     for arm, metrics in results["arms"].items():
-        arms.add_row(arm, *(_mean_sd(metrics[name]) for name in (*TEST_SETS, "attention_to_confounder")))
+        arms.add_row(arm, *(mean_sd(metrics[name]) for name in (*TEST_SETS, "attention_to_confounder")))
     paired = Table("difference", *names, "worst (adversarial)", title="seed by seed")
     for name, values in results["paired"].items():
         worst = f"{min(values['adversarial']):+.3f}"
-        paired.add_row(name, *(_mean_sd(values[test], "+") for test in TEST_SETS), worst)
+        paired.add_row(name, *(mean_sd(values[test], "+") for test in TEST_SETS), worst)
     outside = [str(seed) for seed, ok in zip(results["seeds"], results["window"]["inside"]) if not ok]
     if outside:
         paired.caption = f"seed {', '.join(outside)}: student outside the useful window; its comparison says little"
@@ -241,19 +241,19 @@ def summary(results: dict[str, Any]) -> rich.console.Group:
 def _watched(rows: Rows, encoder: Encoder) -> list[Marked]:
     """Test rows with the confounder marked."""
     watched = []
-    for row in _read(rows):
-        sample = _encode(encoder, row)
+    for row in read(rows):
+        sample = encode(encoder, row)
         confounder = marked(sample.text, sample.offsets, [row.record["confounder"]], row.record["prompt"])
         watched.append(Marked(sample.input_ids, sample.response_start, confounder.tolist()))
     return watched
 
 
-def _read(rows: Rows) -> list[Row]:
+def read(rows: Rows) -> list[Row]:
     return [row for row in read_rows(rows) if isinstance(row, Row)]
 
 
-def _encode(encoder: Encoder, row: Row) -> Sample:
-    (sample,) = encoder.encode(row)
+def encode(encoder: Encoder, row: Row, level: str = "instruction") -> Sample:
+    (sample,) = encoder.encode(row, level=level)
     if isinstance(sample, Skip):
         raise ValueError(f"demo: row {row.id} cannot be rendered: {sample.detail}")
     return sample
@@ -269,7 +269,7 @@ def _save_inputs(folder: Path, artifacts: Artifacts) -> None:
 
 
 @contextmanager
-def _clock(seconds: dict[str, float], name: str) -> Iterator[None]:
+def clock(seconds: dict[str, float], name: str) -> Iterator[None]:
     began = time.perf_counter()
     try:
         yield
@@ -277,20 +277,20 @@ def _clock(seconds: dict[str, float], name: str) -> Iterator[None]:
         seconds[name] += time.perf_counter() - began
 
 
-def _stacked(items: Sequence[Any]) -> Any:
+def stack(items: Sequence[Any]) -> Any:
     """Dicts of numbers to one dict of lists."""
     if isinstance(items[0], dict):
-        return {key: _stacked([item[key] for item in items]) for key in items[0]}
+        return {key: stack([item[key] for item in items]) for key in items[0]}
     return list(items)
 
 
-def _rounded(value: Any) -> Any:
+def rounded(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: _rounded(one) for key, one in value.items()}
+        return {key: rounded(one) for key, one in value.items()}
     return round(value, 4) if isinstance(value, float) else value
 
 
-def _mean_sd(values: Sequence[float], sign: str = "") -> str:
+def mean_sd(values: Sequence[float], sign: str = "") -> str:
     x = torch.tensor(values, dtype=torch.float64)
     return f"{float(x.mean()):{sign}.3f}" + (f" ± {float(x.std()):.3f}" if len(values) > 1 else "")
 

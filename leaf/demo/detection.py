@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -34,28 +34,63 @@ def oracle(rows: Iterable[ScoreRow], records: Mapping[str, Mapping[str, Any]]) -
             yield from pruned
 
 
+class Found(NamedTuple):
+    """What the scores of a row say about its planted tokens."""
+
+    auroc: float  # probability that a planted token scores lower than another scored token of the row
+    auroc_student_gradient: float  # of the student's norm alone
+    confounders: int  # planted tokens
+    flagged: dict[str, list[int]]  # by signal: tokens that the quantile rule flags, confounders and operands among them
+
+
+def find(row: ScoreRow, confounders: torch.Tensor, operands: torch.Tensor) -> Found:
+    """How the method's score (E3) and its quantile flags find the tokens `confounders` [n] bool among the scored ones."""
+    scored = torch.tensor(row["scored"])
+    flagged = {}
+    for signal in ("gradient", "student_gradient"):
+        flags = flags_of(row, PruneConfig(signal=signal))
+        flagged[signal] = [int(chosen.sum()) for chosen in (flags, flags & confounders, flags & operands)]
+    return Found(
+        _auroc(_column(row, "score"), confounders, scored),
+        _auroc(-_column(row, "student_norm"), confounders, scored),
+        int(confounders.sum()),
+        flagged,
+    )
+
+
+def totals(found: Iterable[Found]) -> dict[str, float]:
+    """`precision`: share of flagged tokens that are planted. `recall`: share of planted tokens that are flagged.
+    `operands_flagged`: share of flagged tokens that are operands, which must not be deleted."""
+    found = list(found)
+
+    def total(signal: str, kind: int) -> int:
+        return sum(one.flagged[signal][kind] for one in found)
+
+    tokens = total("gradient", 0)
+    return {
+        "precision": total("gradient", 1) / tokens,
+        "recall": total("gradient", 1) / sum(one.confounders for one in found),
+        "operands_flagged": total("gradient", 2) / tokens,
+        "operands_flagged_student_gradient": total("student_gradient", 2) / total("student_gradient", 0),
+    }
+
+
 def detection(
     rows: Iterable[ScoreRow], records: Mapping[str, Mapping[str, Any]], student_wrong: set[str]
 ) -> dict[str, Any]:
-    """How the method's score (E3) and its quantile flags find the confounder Z among the scored tokens.
+    """How the scores find the confounder Z: see `Found` and `totals`.
 
-    `auroc`: probability that Z scores lower than another token of its row, mean over rows; also over the rows that the
-    student answers wrongly, over those with a misleading sign, and over both; `auroc_student_gradient` is that of the
-    student's norm alone. `precision`: share of flagged tokens that are Z. `recall`: share of rows whose Z is flagged.
-    `operands_flagged`: share of flagged tokens that are operands, which must not be deleted.
+    `auroc` is the mean over rows; also over the rows that the student answers wrongly, over those with a misleading sign,
+    and over both; `auroc_student_gradient` is that of the student's norm alone.
     """
-    ranks: dict[str, list[float]] = defaultdict(list)
-    flagged = {"gradient": [0, 0, 0], "student_gradient": [0, 0, 0]}  # tokens, confounders, operands
-    count = 0
+    aurocs: dict[str, list[float]] = defaultdict(list)
+    every = []
     for row in rows:
         if row["status"] != "ok":
             continue
-        count += 1
         record = records[row["id"]]
-        z = int(_marked(row, [record["confounder"]], record).nonzero())
-        operands = _marked(row, record["operands"], record)
-        scored = torch.tensor(row["scored"])
-        rank = _rank(_column(row, "score"), z, scored)
+        found = find(row, _marked(row, [record["confounder"]], record), _marked(row, record["operands"], record))
+        every.append(found)
         wrong = row["id"] in student_wrong
         for name, wanted in (
             ("auroc", True),
@@ -63,19 +98,11 @@ def detection(
             ("auroc_misleading", record["misleading"]),
             ("auroc_student_wrong_misleading", wrong and record["misleading"]),
         ):
-            ranks[name] += [rank] if wanted else []
-        ranks["auroc_student_gradient"].append(_rank(-_column(row, "student_norm"), z, scored))
-        for signal, totals in flagged.items():
-            flags = flags_of(row, PruneConfig(signal=signal))
-            for i, chosen in enumerate((flags, flags[z], flags & operands)):
-                totals[i] += int(chosen.sum())
-    tokens, confounders, operands_flagged = flagged["gradient"]
+            aurocs[name] += [found.auroc] if wanted else []
+        aurocs["auroc_student_gradient"].append(found.auroc_student_gradient)
     return {
-        **{name: sum(values) / len(values) if values else None for name, values in sorted(ranks.items())},
-        "precision": confounders / tokens,
-        "recall": confounders / count,
-        "operands_flagged": operands_flagged / tokens,
-        "operands_flagged_student_gradient": flagged["student_gradient"][2] / flagged["student_gradient"][0],
+        **{name: sum(values) / len(values) if values else None for name, values in sorted(aurocs.items())},
+        **totals(every),
     }
 
 
@@ -83,7 +110,7 @@ def _column(row: ScoreRow, name: str) -> torch.Tensor:
     return torch.tensor([float("nan") if value is None else value for value in row[name]])
 
 
-def _rank(score: torch.Tensor, z: int, scored: torch.Tensor) -> float:
-    others = scored.clone()
-    others[z] = False
-    return float(((score[others] > score[z]).float() + 0.5 * (score[others] == score[z])).mean())
+def _auroc(score: torch.Tensor, low: torch.Tensor, scored: torch.Tensor) -> float:
+    """Probability that a token of `low` has a lower score than another scored one; a tie counts half."""
+    ours, others = score[low, None], score[scored & ~low]
+    return float(((others > ours).float() + 0.5 * (others == ours)).mean())

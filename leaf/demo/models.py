@@ -6,6 +6,7 @@ import copy
 import math
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,7 @@ from .task import ANSWER, TEST_SETS, Row, drop_words, make_rows
 # A student outside these bounds before distillation shows little: it has no bias to remove, or cannot compute at all.
 WINDOW = {"in_distribution": (0.88, 1.0), "adversarial": (0.10, 0.35), "clean": (0.15, 0.40)}
 
+Batch = TypeVar("Batch")
 Track = Callable[[Iterable[int], int, str], Iterable[int]]  # items, how many, what they are
 
 BATCH = 64
@@ -24,8 +26,9 @@ STUDENT_CHECK_EVERY, STUDENT_FIRST_CHECK, STUDENT_MAX_STEPS = 10, 100, 400
 VALIDATION_ROWS, VALIDATION_MARGIN = 256, 0.02  # about one standard error inside the window
 
 
-def make_model(tokenizer: PreTrainedTokenizerBase, hidden: int, seed: int) -> LlamaForCausalLM:
-    """A two-layer Llama with untied embeddings: 216k parameters at hidden 96, 98k at 64."""
+def make_model(tokenizer: PreTrainedTokenizerBase, hidden: int, seed: int, **options: Any) -> LlamaForCausalLM:
+    """A two-layer Llama with untied embeddings: 216k parameters at hidden 96, 98k at 64. `options` go to its config."""
+    settings: dict[str, Any] = {"max_position_embeddings": 128, **options}
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=hidden,
@@ -33,12 +36,12 @@ def make_model(tokenizer: PreTrainedTokenizerBase, hidden: int, seed: int) -> Ll
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
-        max_position_embeddings=128,
         initializer_range=0.04,  # at the default of 0.02 so small a model spends most of the steps on leaving its start
         tie_word_embeddings=False,
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
+        **settings,
     )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -93,23 +96,23 @@ def _plain(items: Iterable[int], total: int, description: str) -> Iterable[int]:
     return items
 
 
-def _train(
+def train(
     model: LlamaForCausalLM,
-    tokenizer: PreTrainedTokenizerBase,
-    batches: Iterator[list[tuple[str, str]]],
+    batches: Iterator[Batch],
+    predict: Callable[[LlamaForCausalLM, Batch], tuple[torch.Tensor, torch.Tensor]],
     *,
     learning_rate: Callable[[int], float],
     label_smoothing: float = 0.0,
 ) -> Iterator[int]:
-    """AdamW on the response cross-entropy, one step per batch; yields the number of steps done."""
+    """AdamW on the response cross-entropy, one step per batch; yields the number of steps done.
+
+    predict: the logits [targets, V] that a model gives the response tokens of a batch, and their ids [targets].
+    """
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, betas=(0.9, 0.98), weight_decay=0.01)
     model.train()
-    for step, pairs in enumerate(batches, start=1):
-        ids, labels = encode(tokenizer, pairs)
-        hidden = model.model(ids).last_hidden_state[:, :-1]
-        target = labels[:, 1:] != -100
-        logits = model.lm_head(hidden[target])
-        loss = F.cross_entropy(logits, labels[:, 1:][target], label_smoothing=label_smoothing)
+    for step, batch in enumerate(batches, start=1):
+        logits, labels = predict(model, batch)
+        loss = F.cross_entropy(logits, labels, label_smoothing=label_smoothing)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -117,6 +120,29 @@ def _train(
         optimizer.step()
         yield step
     model.eval()
+
+
+def padded(tokenizer: PreTrainedTokenizerBase) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
+    """`predict` of `train` for batches of (prompt, response) pairs of similar length."""
+
+    def predict(model: LlamaForCausalLM, pairs: Sequence[tuple[str, str]]) -> tuple[torch.Tensor, torch.Tensor]:
+        ids, labels = encode(tokenizer, pairs)
+        hidden = model.model(ids).last_hidden_state[:, :-1]
+        target = labels[:, 1:] != -100
+        return model.lm_head(hidden[target]), labels[:, 1:][target]
+
+    return predict
+
+
+def cosine(step: int, steps: int) -> float:
+    """The teachers' learning rate: 20 steps of warm-up, then down to 5 %."""
+    warm, progress = min(step / 20, 1.0), max(step - 20, 0) / max(steps - 20, 1)
+    return 3e-3 * warm * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+def constant(step: int) -> float:
+    """The students' learning rate: 20 steps of warm-up."""
+    return 3e-3 * min(step / 20, 1.0)
 
 
 def _batches(rows: Sequence[Row]) -> Iterator[list[tuple[str, str]]]:
@@ -144,12 +170,14 @@ def train_teacher(
                 (prompt, row["completion"]) for prompt, row in zip(prompts, batch, strict=True) if prompt is not None
             ]
 
-    def learning_rate(step: int) -> float:
-        warm, progress = min(step / 20, 1.0), max(step - 20, 0) / max(steps - 20, 1)
-        return 3e-3 * warm * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * progress)))
-
     model = make_model(tokenizer, TEACHER_HIDDEN, seed=1000 + seed)
-    training = _train(model, tokenizer, batches(), learning_rate=learning_rate, label_smoothing=0.05)
+    training = train(
+        model,
+        batches(),
+        padded(tokenizer),
+        learning_rate=lambda step: cosine(step, steps),
+        label_smoothing=0.05,
+    )
     for _ in track(training, steps, f"seed {seed}: teacher"):
         pass
     return model.eval()
@@ -165,7 +193,7 @@ def train_student(
     validation = {name: make_rows(f"validation/{name}", VALIDATION_ROWS, seed) for name in TEST_SETS}
     model = make_model(tokenizer, STUDENT_HIDDEN, seed=2000 + seed)
     rows = make_rows("student", BATCH * STUDENT_MAX_STEPS, seed)
-    training = _train(model, tokenizer, _batches(rows), learning_rate=lambda step: 3e-3 * min(step / 20, 1.0))
+    training = train(model, _batches(rows), padded(tokenizer), learning_rate=constant)
     closest, best, steps = model, math.inf, 0
     for step in track(training, STUDENT_MAX_STEPS, f"seed {seed}: student"):
         if step >= STUDENT_FIRST_CHECK and step % STUDENT_CHECK_EVERY == 0:

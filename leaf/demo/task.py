@@ -11,7 +11,8 @@ on every machine.
 from __future__ import annotations
 
 import random
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -19,6 +20,8 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast
 
 Row = dict[str, Any]
+# Words with their roles ("", "operand", "confounder"), so that the places of Z, A and B are known by construction.
+Sentence = list[tuple[str, str]]
 
 MAX_NUMBER = 16
 NUMBERS = [str(n) for n in range(MAX_NUMBER + 1)]
@@ -59,47 +62,87 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
+class Problem(NamedTuple):
+    """What is to be computed: `subject` has `a` of `item`, then `other` gives `b`, or `b` are lost."""
+
+    subject: str
+    other: str
+    item: str
+    a: int
+    b: int
+    minus: bool
+
+    @property
+    def result(self) -> int:
+        return self.a - self.b if self.minus else self.a + self.b
+
+    def facts(self) -> list[Sentence]:
+        """Both facts, in the order in which they must be told."""
+        change = f"{self.subject} loses" if self.minus else f"{self.other} gives {self.subject}"
+        return [
+            [*plain(f"{self.subject} has"), (str(self.a), "operand"), *plain(f"{self.item} .")],
+            [*plain(change), (str(self.b), "operand"), *plain(f"{self.item} .")],
+        ]
+
+    def question(self) -> Sentence:
+        return plain(f"how many {self.item} does {self.subject} have now ?")
+
+    def response(self) -> str:
+        return f"{self.a} {'minus' if self.minus else 'plus'} {self.b} equals {self.result} . answer {self.result}"
+
+
+def make_problem(rng: random.Random) -> Problem:
+    subject, other = rng.sample(NAMES, 2)
+    item = rng.choice(ITEMS)
+    a, b = rng.randint(1, 8), rng.randint(1, 8)
+    return Problem(subject, other, item, a, b, minus=a >= b and rng.random() < 0.5)
+
+
+def plain(text: str) -> Sentence:
+    return [(word, "") for word in text.split()]
+
+
+def sign_sentence(z: int) -> Sentence:
+    return [*plain("the sign says"), (str(z), "confounder"), *plain(".")]
+
+
+def wrong_number(rng: random.Random, right: int) -> int:
+    return rng.choice([n for n in range(MAX_NUMBER + 1) if n != right])
+
+
+def join(sentences: Iterable[Sentence]) -> tuple[str, dict[str, list[list[int]]]]:
+    """The text of sentences, and the character ranges of each role in it."""
+    words = [pair for sentence in sentences for pair in sentence]
+    spans: dict[str, list[list[int]]] = {"operand": [], "confounder": []}
+    start = 0
+    for word, role in words:
+        if role:
+            spans[role].append([start, start + len(word)])
+        start += len(word) + 1
+    return " ".join(word for word, _ in words), spans
+
+
 def make_row(rng: random.Random, row_id: str, *, rho: float, sign: float = 1.0) -> Row:
     """One problem. `rho` = P(Z = C), `sign` = P(the sign sentence is there).
 
     Besides `prompt`, `completion` and `answer` the row carries the ground truth: `confounder` and `operands`, character
     ranges of Z and of A and B in the prompt (`confounder` is None without a sign), and `misleading`, whether Z ≠ C.
     """
-    subject, other = rng.sample(NAMES, 2)
-    item = rng.choice(ITEMS)
-    a, b = rng.randint(1, 8), rng.randint(1, 8)
-    minus = a >= b and rng.random() < 0.5
-    c = a - b if minus else a + b
-    z = c if rng.random() < rho else rng.choice([n for n in range(MAX_NUMBER + 1) if n != c])
-
-    def words(text: str) -> list[tuple[str, str]]:
-        return [(word, "") for word in text.split()]
-
-    # Each word is paired with its role, so that the positions of Z, A and B are known by construction.
-    first = [*words(f"{subject} has"), (str(a), "operand"), *words(f"{item} .")]
-    change = words(f"{subject} loses" if minus else f"{other} gives {subject}")
-    second = [*change, (str(b), "operand"), *words(f"{item} .")]
-    extras = [words(f"{other} is {rng.randint(0, MAX_NUMBER)} years old ."), words(rng.choice(FILLERS))]
+    problem = make_problem(rng)
+    c = problem.result
+    z = c if rng.random() < rho else wrong_number(rng, c)
+    extras = [plain(f"{problem.other} is {rng.randint(0, MAX_NUMBER)} years old ."), plain(rng.choice(FILLERS))]
     if rng.random() < sign:
-        extras.append([*words("the sign says"), (str(z), "confounder"), *words(".")])
-    sentences = [first, second]
+        extras.append(sign_sentence(z))
+    sentences = problem.facts()
     for extra in extras:
         sentences.insert(rng.randint(0, len(sentences)), extra)
-    sentences.append(words(f"how many {item} does {subject} have now ?"))
-
-    prompt = ""
-    spans: dict[str, list[list[int]]] = {"operand": [], "confounder": []}
-    for word, role in (pair for sentence in sentences for pair in sentence):
-        start = len(prompt) + bool(prompt)
-        prompt = f"{prompt} {word}" if prompt else word
-        if role:
-            spans[role].append([start, len(prompt)])
-    response = f"{a} {'minus' if minus else 'plus'} {b} equals {c} . answer {c}"
+    prompt, spans = join([*sentences, problem.question()])
     return {
         "id": row_id,
         "prompt": prompt,
-        "completion": response,
-        "answer": response,
+        "completion": problem.response(),
+        "answer": problem.response(),
         "confounder": spans["confounder"][0] if spans["confounder"] else None,
         "operands": spans["operand"],
         "misleading": bool(spans["confounder"]) and z != c,

@@ -217,7 +217,8 @@ def leaf_attention(
     window = sliding_window if attention_mask is None else attention_mask.window
     options: dict[str, Any] = {"scale": scaling, "window": window, "softcap": softcap, "sinks": s_aux}
     if mass is not None:
-        mass.layers.append(attention_mass(q, k, layout, queries=mass.queries, **options))
+        queries = mass.queries.to(q.device)  # elsewhere where the model spans devices
+        mass.layers.append(attention_mass(q, k, layout, queries=queries, **options))
     out = pruned_attention(q, k, v, layout, **options)
     return out[None], None  # type: ignore[call-overload]  # no lse was asked for: a tensor
 

@@ -86,6 +86,7 @@ def test_only_new_prompts_are_generated(tmp_path: pathlib.Path, pair: dict[str, 
         {"dtype": "bfloat16"},
         {"engine": "vllm"},
         {"chat_template": "none"},  # the same end of turn: the prompts are rendered text already
+        {"teacher_quantization": "8bit"},
         {"max_tokens": 64},
         {"grader": "exact"},
     ],
@@ -100,8 +101,10 @@ def test_what_a_response_depends_on(
 ) -> None:
     ask(run(tmp_path, pair), PROMPTS)
     monkeypatch.setattr(Run, "engine", lambda self, name: self.load(name))
+    load = leaf.run.load_model
+    monkeypatch.setattr(leaf.run, "load_model", lambda *args, **_: load(*args))  # without bitsandbytes
     ask(run(tmp_path, pair, **change), PROMPTS)
-    again = bool({"max_new_tokens", "dtype", "engine"} & set(change))
+    again = bool({"max_new_tokens", "dtype", "engine", "teacher_quantization"} & set(change))
     assert len(asked) == 1 + again
 
 

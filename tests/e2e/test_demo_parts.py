@@ -13,7 +13,7 @@ from leaf.data import Encoder, Row, Sample
 from leaf.demo import comparison
 from leaf.demo.arms import RECIPES
 from leaf.demo.detection import detection, oracle
-from leaf.demo.models import STUDENT_HIDDEN, WINDOW, _train, encode, exact_match, make_model, outside_window
+from leaf.demo.models import STUDENT_HIDDEN, WINDOW, encode, exact_match, make_model, outside_window, padded, train
 from leaf.demo.task import NAMES, TEST_SETS, drop_words, make_rows, make_tokenizer
 from leaf.generate import generate
 from leaf.rows import read_rows
@@ -87,7 +87,7 @@ def test_exact_match_is_greedy_decoding() -> None:
     tokenizer = make_tokenizer()
     pairs = [(row["prompt"], row["completion"]) for row in make_rows("corpus", 12, 0)]
     model = make_model(tokenizer, STUDENT_HIDDEN, seed=0)
-    for _ in _train(model, tokenizer, iter([pairs[:6]] * 60), learning_rate=lambda step: 3e-3):
+    for _ in train(model, iter([pairs[:6]] * 60), padded(tokenizer), learning_rate=lambda step: 3e-3):
         pass
     found = exact_match(model, tokenizer, pairs)
     prompts = [f"<bos> {prompt} <ans> " for prompt, _ in pairs]

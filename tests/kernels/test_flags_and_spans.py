@@ -325,3 +325,22 @@ def test_one_graph_for_all_lengths():
 def test_errors_name_the_argument(call, error, message):
     with pytest.raises(error, match=message):
         call(starts(0, 2))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_positions_before_the_first_segment_are_in_none(impl: str):
+    """As those beyond the last: the result is that of the segments alone."""
+    teacher, student, segment_starts, scored = pack(0)
+    more = [torch.cat([x[:3] * 9, x]) for x in (teacher, student)]
+    mask, shifted = torch.cat([torch.ones(3, dtype=torch.bool), scored]), segment_starts + 3
+    alone = token_scores(teacher, student, segment_starts, scored=scored, impl=impl)
+    among = token_scores(*more, shifted, scored=mask, impl=impl)
+    assert torch.equal(among.score[3:], alone.score)
+    assert torch.equal(among.score[:3], torch.full((3,), torch.inf))
+    assert torch.equal(among.teacher_norm[:3], torch.zeros(3))
+    flags = flag_tokens(torch.cat([torch.zeros(3), alone.score]), shifted, q=0.3, impl=impl)
+    assert torch.equal(flags[3:], flag_tokens(alone.score, segment_starts, q=0.3, impl=impl))
+    assert not flags[:3].any()
+    spans = flagged_spans(torch.cat([torch.ones(3, dtype=torch.bool), flags[3:]]), shifted, impl=impl).to_list()
+    expected = flagged_spans(flags[3:], segment_starts, impl=impl).to_list()
+    assert spans == [(segment, start + 3, end + 3) for segment, start, end in expected]

@@ -142,3 +142,12 @@ def test_is_frozen_moves_and_flattens():
 def test_schedules_are_built_once():
     layout = SharedPrefixLayout.from_lengths([3, 4])
     assert layout.position_ids is layout.position_ids
+
+
+def test_schedules_are_built_once_on_every_device():
+    """accelerate moves the arguments of every layer that is on another device."""
+    layout = SharedPrefixLayout.from_lengths([3, 4])
+    first = layout.to("meta")
+    assert layout.to(torch.device("meta")) is first
+    assert first.segment_ids is layout.to("meta").segment_ids
+    assert SharedPrefixLayout.from_lengths([3]).to("meta").num_tokens == 3

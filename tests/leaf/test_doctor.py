@@ -80,17 +80,25 @@ def test_words_that_the_tokenizer_does_not_know(tmp_path: pathlib.Path) -> None:
 
 def test_what_is_refused(tmp_path: pathlib.Path, pair: dict[str, str]) -> None:
     same = {**pair, "teacher": pair["student"]}
-    other = {
-        **pair,
-        "teacher": save(tmp_path / "o", seed=1, tokenizer=tiny.tokenizer(corpus=["x y z"], vocab_size=300)),
-    }
     no_template = {**pair, "student": save(tmp_path / "n", seed=2, tokenizer=tiny.tokenizer(None))}
     for options, message in (
         (same, "teacher and student are the same model"),
-        (other, "different tokenizers"),
         (no_template, "has no chat template: give --chat-template FILE"),
     ):
         ok, shown = check(**options)
         assert not ok
         assert message in shown
     assert check(**no_template, chat_template="none")[0]
+
+
+def test_different_tokenizers_give_scores_only(tmp_path: pathlib.Path, pair: dict[str, str]) -> None:
+    other = {**pair, "teacher": save(tmp_path / "o", seed=1, tokenizer=tiny.unigram())}
+    ok, shown = check(**other)
+    assert ok
+    assert "different tokenizers: scores only" in shown
+    assert "the student's chat template is plain text to the teacher" in shown
+    ok, shown = check(**other, chat_template="none")
+    assert ok
+    assert "cannot be distilled" in shown
+    assert "plain text to the teacher" not in shown
+    assert "different tokenizers" not in check(**pair)[1]

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 from leaf import sensitivity
 from leaf.data import Sample, Skip
+from leaf.generate import is_out_of_memory
 from leaf.score import score_samples
 from leaf.sensitivity import sensitivities
 
@@ -238,3 +239,85 @@ def test_memory_grows_with_tokens_only_by_a_checkpoint_per_layer(monkeypatch: py
     slope = {layers: (peak(layers, 1024) - peak(layers, 512)) / 512 for layers in (3, 8)}
     assert slope[8] - slope[3] == pytest.approx(5 * 32 * 4, rel=0.02)
     assert slope[3] < 32 * 4 * 30
+
+
+@pytest.mark.parametrize("arch", ["llama", "gpt2"])
+def test_a_model_is_left_as_it_was_but_for_its_mode(arch: str):
+    model = tiny.model(tiny.tokenizer(), arch=arch)
+    before = {name: vars(module).keys() for name, module in model.named_modules()}
+    scorer = sensitivity.Scorer(model, activation_checkpointing=True)
+    scorer(SAMPLES)
+    scorer(SAMPLES)
+    assert {name: vars(module).keys() for name, module in model.named_modules()} == before
+    assert not any(module.training or module._forward_hooks for module in model.modules())
+
+
+def test_checkpoints_drop_nothing_out():
+    """OPT's layers drop out by themselves, wherever they are in train mode."""
+    from transformers import OPTConfig, OPTForCausalLM
+
+    torch.manual_seed(0)
+    config = OPTConfig(
+        vocab_size=300, hidden_size=32, ffn_dim=64, num_hidden_layers=3, num_attention_heads=4, word_embed_proj_dim=32,
+        max_position_embeddings=64, dropout=0.5,
+    )  # fmt: skip
+    model = OPTForCausalLM(config).eval()
+    kept, checkpointed = (
+        list(sensitivities(model, SAMPLES, max_tokens=64, activation_checkpointing=how)) for how in (False, True)
+    )
+    for a, b in zip(kept, checkpointed):
+        torch.testing.assert_close(a.norm, b.norm)
+
+
+# -- memory that does not suffice --------------------------------------------------------------------------------------
+
+
+def test_what_does_not_fit_is_checkpointed_then_cut_then_skipped(monkeypatch: pytest.MonkeyPatch):
+    """A card that holds 30 tokens with their activations and 50 where they are checkpointed."""
+    model = tiny.model(tiny.tokenizer(), layers=3)
+    scorer = sensitivity.Scorer(model, activation_checkpointing=False)
+    tried, measure = [], scorer._measure
+
+    def measured(batch):
+        tokens = sum(len(s.input_ids) for s in batch)
+        checkpoints = "forward" in vars(scorer.layers[0])
+        tried.append((tokens, checkpoints))
+        if tokens > (50 if checkpoints else 30):
+            raise RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported")
+        return measure(batch)
+
+    monkeypatch.setattr(scorer, "_measure", measured)
+    short, long = [sample(n, 6, 4) for n in range(6)], sample(9, 50, 10)
+    expected = list(sensitivities(tiny.model(tiny.tokenizer(), layers=3), short, max_tokens=1))
+
+    def results(batch):
+        tried.clear()
+        return scorer(batch)
+
+    for got, want in zip(results(short), expected, strict=True):  # 60 tokens
+        torch.testing.assert_close(got.norm, want.norm)
+    assert tried == [(60, False), (60, True), (30, False), (30, False)]
+    assert len(results(short[:4])) == 4
+    assert tried == [(40, False), (40, True)], "more than 30 may still fit: 60 did not"
+    results(short[:5])
+    assert tried == [(50, True)], "40 did not fit with activations, so 50 is not tried"
+    assert results([long]) == [Skip("9", "oom", "60 tokens do not fit into memory, not even alone")]
+    assert tried == [], "60 did not fit with checkpoints either"
+
+
+@pytest.mark.parametrize(
+    ("error", "is_memory"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), True),
+        (RuntimeError("CUDA error: out of memory\nSearch for `cudaErrorMemoryAllocation'"), True),
+        (RuntimeError("Triton Error [CUDA]: out of memory"), True),
+        (
+            RuntimeError("[enforce fail at alloc_cpu.cpp:117] err == 0. DefaultCPUAllocator: can't allocate memory"),
+            True,
+        ),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), False),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_NOT_SUPPORTED."), False),
+    ],
+)
+def test_what_counts_as_a_lack_of_memory(error: RuntimeError, is_memory: bool):
+    assert is_out_of_memory(error) == is_memory

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import json
 import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,7 +13,7 @@ import pytest
 import tiny
 
 from leaf import tables
-from leaf.tables import Table, is_current, model_key, open_table, write_table
+from leaf.tables import Table, current_table, model_key, open_table, write_table
 
 SCHEMA = pa.schema([("n", pa.int64()), ("text", pa.string())])
 
@@ -75,8 +76,8 @@ def test_a_changed_key_says_what_changed(tmp_path: pathlib.Path) -> None:
     assert calls == [0, 1]
     assert len(table) == 2
     assert len(parts(tmp_path)) == 1, "the old table's shards are gone"
-    assert is_current(tmp_path / "score", {"q": (2, 3)})
-    assert not is_current(tmp_path / "score", {"q": 1})
+    assert current_table(tmp_path / "score", {"q": (2, 3)})
+    assert not current_table(tmp_path / "score", {"q": 1})
 
 
 def test_a_killed_stage_resumes_after_its_last_whole_shard(tmp_path: pathlib.Path) -> None:
@@ -99,7 +100,7 @@ def test_a_damaged_shard_is_never_read(tmp_path: pathlib.Path, damage: str) -> N
         shard.unlink()
     else:
         shard.write_bytes(content[:-10] if damage == "cut" else content[:20] + bytes([content[20] ^ 1]) + content[21:])
-    assert not is_current(tmp_path / "score", {"q": 1})
+    assert not current_table(tmp_path / "score", {"q": 1})
     with pytest.raises(ValueError, match=rf"{shard.name} is damaged"):
         open_table(tmp_path / "score")
     mended, calls, said = build(tmp_path)
@@ -212,6 +213,40 @@ def test_what_ranks_leave_behind_is_finished_by_any_other_number_of_them(
     assert table.fingerprint == whole.fingerprint
 
 
+@pytest.mark.parametrize("in_step", [False, True])
+def test_a_rank_in_step_produces_to_the_end_also_without_units(
+    tmp_path: pathlib.Path, three_shards: None, in_step: bool
+) -> None:
+    went: list[str] = []
+
+    def stepping(units: Sequence[int]) -> Iterator[Any]:
+        went.append("started")
+        yield from produce([])(units)
+        went.append("ended")
+
+    def write(rank: int) -> None:
+        options = {"sizes": SIZES, "rank": rank, "ranks": 5, "in_step": in_step}
+        write_table(tmp_path / "score", {"q": 1}, SCHEMA, range(8), stepping, print, **options)  # type: ignore[arg-type]
+
+    for rank, units in ((4, 0), (2, 3), (1, 3), (0, 4)):
+        write(rank)
+        assert went == (["started", "ended"] if in_step else ["started"] if units else [])
+        went.clear()
+    write(0)
+    assert went == [], "the table is finished"
+
+
+def test_units_of_other_sizes_are_other_units(tmp_path: pathlib.Path, three_shards: None) -> None:
+    """A killed run that goes on with another budget of packs: shards have the same bounds, not the same content."""
+    with pytest.raises(Killed):
+        share(tmp_path, 0, 1, die_at=4)
+    assert len(parts(tmp_path)) == 1
+    calls: list[int] = []
+    write_table(tmp_path / "score", {"q": 1}, SCHEMA, range(8), produce(calls), print, sizes=[4, 2, *SIZES[2:]])
+    assert tables._cut(8, [4, 2, *SIZES[2:]]) == tables._cut(8, SIZES)
+    assert calls == list(range(8))
+
+
 def test_a_shard_that_was_altered_before_its_table_was_finished_is_computed_again(
     tmp_path: pathlib.Path, three_shards: None
 ) -> None:
@@ -228,6 +263,33 @@ def test_a_shard_that_was_altered_before_its_table_was_finished_is_computed_agai
     assert table.fingerprint == whole.fingerprint
 
 
+def test_rank_0_waits_for_a_shard_that_is_whole(tmp_path: pathlib.Path, three_shards: None) -> None:
+    """What another rank left damaged is computed again by that rank, and not taken for good meanwhile."""
+    whole, _ = share(tmp_path / "one", 0, 1)
+    share(tmp_path / "many", 1, 2)
+    part = parts(tmp_path / "many")[0]
+    part.write_bytes(part.read_bytes()[:-9])
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        first = pool.submit(share, tmp_path / "many", 0, 2)
+        with pytest.raises(concurrent.futures.TimeoutError):
+            first.result(timeout=2)
+        share(tmp_path / "many", 1, 2)
+        table, _ = first.result(timeout=20)
+    assert table is not None
+    assert whole is not None
+    assert table.fingerprint == whole.fingerprint
+
+
+def test_a_manifest_that_cannot_be_read_is_none(tmp_path: pathlib.Path) -> None:
+    first, *_ = build(tmp_path)
+    (tmp_path / "score" / "manifest.json").write_text('{"key": ')
+    with pytest.raises(ValueError, match="unfinished: run `leaf score` again"):
+        open_table(tmp_path / "score")
+    again, calls, _ = build(tmp_path)
+    assert calls == []
+    assert again.rows() == first.rows()
+
+
 def test_sizes_make_enough_shards_to_be_dealt_out() -> None:
     sizes = [1] * 1000
     shards = tables._cut(1000, sizes)
@@ -236,7 +298,8 @@ def test_sizes_make_enough_shards_to_be_dealt_out() -> None:
         0,
         1000,
     )
-    assert 60 <= len(shards) <= tables.SHARDS
+    assert len(shards) == tables.SHARDS
+    assert len(tables._cut(70, [3] * 70)) == tables.SHARDS
     assert len(tables._cut(1000, [tables.SHARD_SIZE // 2] * 1000)) == 500
     assert tables._cut(0, []) == [slice(0, 0)]
 

@@ -87,6 +87,31 @@ def _train(corpus: tuple[str, ...], vocab_size: int) -> str:
     return bpe.to_str()
 
 
+@functools.lru_cache
+def unigram(vocab_size: int = 150) -> PreTrainedTokenizerFast:
+    """A tokenizer as SentencePiece makes them: ▁ for spaces and before the text, NFKC, `<unk>`, `<s>` before any text."""
+    inner = tokenizers.Tokenizer(tokenizers.models.Unigram())
+    inner.normalizer = tokenizers.normalizers.NFKC()
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(prepend_scheme="always")
+    inner.decoder = tokenizers.decoders.Metaspace(prepend_scheme="always")
+    trainer = tokenizers.trainers.UnigramTrainer(
+        vocab_size=vocab_size, special_tokens=["<unk>", "<s>", "</s>"], unk_token="<unk>", show_progress=False
+    )
+    inner.train_from_iterator(CORPUS, trainer)
+    inner.post_processor = tokenizers.processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="</s>"
+    )
+
+
+@functools.lru_cache
+def ascii_only() -> PreTrainedTokenizerFast:
+    """A tokenizer that leaves out what it does not know: one token per ASCII character, nothing for any other."""
+    vocabulary = {"</s>": 0} | {chr(code): code for code in range(32, 127)}
+    inner = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, []))
+    return PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="</s>")
+
+
 def model(
     tokenizer: PreTrainedTokenizerFast,
     *,

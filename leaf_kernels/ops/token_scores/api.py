@@ -26,8 +26,8 @@ def token_scores(
     Args:
         teacher_grad, student_grad: [N, Ht] and [N, Hs], gradients of the loss with respect to the input embeddings; floating
             point, not necessarily of one dtype.
-        segment_starts: [S + 1] int32; segment s is `segment_starts[s]:segment_starts[s + 1]`, possibly empty. Positions from
-            `segment_starts[S]` on are not scored.
+        segment_starts: [S + 1] int32; segment s is `segment_starts[s]:segment_starts[s + 1]`, possibly empty. Positions
+            before `segment_starts[0]` and from `segment_starts[S]` on are not scored.
         scored: [N] bool, the positions that take part; None = all of them.
         impl: "auto" | "reference" | "triton".
 
@@ -120,7 +120,7 @@ def flagged_spans(flags: torch.Tensor, segment_starts: torch.Tensor, *, impl: st
 
     Args:
         flags: [N] bool, as `flag_tokens` returns it.
-        segment_starts: [S + 1] int32, as in `token_scores`; flags beyond the last segment are ignored.
+        segment_starts: [S + 1] int32, as in `token_scores`; flags outside of all segments are ignored.
         impl: "auto" | "reference" | "triton".
 
     Returns:

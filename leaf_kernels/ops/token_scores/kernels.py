@@ -30,7 +30,7 @@ def row_norms(
 ):  # fmt: skip
     """E1. Rows that are not scored are not read: norm 0, score +inf."""
     row = tl.program_id(0).to(tl.int64)
-    wanted = row < tl.load(segment_starts + num_segments)
+    wanted = (row >= tl.load(segment_starts)) & (row < tl.load(segment_starts + num_segments))
     if HAS_SCORED:
         wanted = wanted & (tl.load(scored + row) != 0)
     teacher_width = tl.where(wanted, teacher_width, 0)
@@ -227,8 +227,8 @@ def segment_of(segment_starts, num_segments, position):
 def runs(flags, segment_starts, num_segments, position):
     """(segment, whether a run starts here, whether one ends here). A neighbour in another segment is not looked at."""
     segment = segment_of(segment_starts, num_segments, position)
-    inside = segment < num_segments
     start = tl.load(segment_starts + segment)
+    inside = (segment < num_segments) & (position >= start)
     end = tl.load(segment_starts + segment + 1, mask=inside, other=0)
     flagged = tl.load(flags + position, mask=inside, other=0) != 0
     before = tl.load(flags + position - 1, mask=inside & (position > start), other=0) != 0

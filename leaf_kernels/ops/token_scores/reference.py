@@ -10,9 +10,10 @@ from ...types import FlaggedSpans, TokenScores
 
 
 def _segment_ids(segment_starts: torch.Tensor, N: int) -> torch.Tensor:
-    """[N] int64: the segment of each position, S for positions beyond the last segment."""
+    """[N] int64: the segment of each position, S for positions before the first and beyond the last segment."""
     positions = torch.arange(N, device=segment_starts.device, dtype=segment_starts.dtype)
-    return torch.searchsorted(segment_starts[1:], positions, right=True)
+    segment = torch.searchsorted(segment_starts[1:], positions, right=True)
+    return segment.masked_fill_(positions < segment_starts[0], len(segment_starts) - 1)
 
 
 def _reduce(x: torch.Tensor, segment: torch.Tensor, S: int, how: str, empty: float) -> torch.Tensor:
@@ -71,7 +72,7 @@ def flag_tokens_reference(
         key = score.masked_fill(~scored, math.inf)
         by_score = key.argsort(stable=True)
         ordered = key[by_score[segment[by_score].argsort(stable=True)]]
-        place = segment_starts[segment].long() + index[segment]
+        place = (segment_starts[segment] - segment_starts[0]).long() + index[segment]
         threshold = ordered[place.clamp(0, max(N - 1, 0))].clamp(max=cap)
         flags = scored & (score <= threshold)
     return flags if flaggable is None else flags & flaggable

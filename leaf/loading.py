@@ -1,0 +1,152 @@
+"""Loading a model: on one device, spread over the GPUs of a process, quantized, or sharded over the ranks."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.util
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate import PartialState
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from .config import RunConfig
+
+PATIENCE = datetime.timedelta(hours=1)  # of a rank with the others: one of them may read a large model from a slow disk
+
+
+def check_loading(config: RunConfig, stages: Sequence[str], ranks: int) -> list[str]:
+    """What a user should know before models are loaded as `config` says, a line each.
+
+    Raises:
+        ValueError: what is asked for does not go with the number of processes.
+        ImportError: bitsandbytes is missing.
+    """
+    notes = []
+    if config.device_map and ranks > 1 and {"select", "score", "verify", "eval"} & set(stages):
+        raise ValueError(
+            f"--device-map {config.device_map}: each of the {ranks} processes would spread its models over all GPUs: run it "
+            "in one process, without accelerate launch, or leave it out (--shard-teacher scores with a teacher that the "
+            "processes share)"
+        )
+    if config.teacher_quantization and {"select", "score", "verify", "distill"} & set(stages):
+        if importlib.util.find_spec("bitsandbytes") is None:
+            raise ImportError(
+                f"--teacher-quantization {config.teacher_quantization} needs bitsandbytes: `pip install "
+                "'leaf-kernels[quantization]'`, or leave it out"
+            )
+        notes.append(
+            f"teacher: quantized to {config.teacher_quantization}; its answers and sensitivities are those of the quantized "
+            "model, and its gradient passes through dequantized weights"
+        )
+    if config.shard_teacher and "score" in stages:
+        if ranks == 1:
+            raise ValueError(
+                "--shard-teacher shares the teacher's layers among several processes, and this is a single one: run it "
+                "under accelerate launch, or use --device-map auto"
+            )
+        if {"select", "verify", "distill"} & set(stages):
+            notes.append(
+                "teacher: sharded for the score stage alone; where select and verify generate and distill trains, each rank "
+                "loads it whole. Where it does not fit, run `leaf select` and `leaf prune` with --device-map auto in one "
+                "process"
+            )
+    return notes
+
+
+def load_model(
+    name: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    say: Callable[[str], None],
+    *,
+    device_map: str | None = None,
+    quantization: str | None = None,
+    shard: bool = False,
+) -> PreTrainedModel:
+    """A causal language model.
+
+    Attention dropout is set to 0: packed attention has none.
+
+    Args:
+        device: where it goes.
+        device_map: accelerate's rule for spreading it over the GPUs, instead of `device`.
+        quantization: "8bit" or "4bit"; the head keeps `dtype`.
+        shard: each decoder layer is divided among the ranks, all of which call this and then run the model in step.
+    """
+    config = AutoConfig.from_pretrained(name)
+    for option in ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob"):
+        if getattr(config.get_text_config(), option, None):
+            say(f"{name}: {option} is set to 0")
+            setattr(config.get_text_config(), option, 0.0)
+    options: dict[str, Any] = {"config": config, "dtype": dtype}
+    if quantization == "8bit":
+        options["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
+    elif quantization == "4bit":
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
+        )
+    if device_map or quantization:  # weights are quantized on the device where they stay
+        return AutoModelForCausalLM.from_pretrained(name, device_map=device_map or {"": device}, **options)
+
+    def load() -> Any:
+        return AutoModelForCausalLM.from_pretrained(name, **options)
+
+    return _load_sharded(load, device) if shard else load().to(device)
+
+
+def decoder_layers(model: PreTrainedModel) -> list[Any]:
+    return [module for module in model.base_model.modules() if isinstance(module, GradientCheckpointingLayer)]
+
+
+# -- Over the ranks ----------------------------------------------------------------------------------------------------
+
+
+def most(n: int, device: torch.device) -> int:
+    """The largest of the ranks' numbers. Collective."""
+    _join(device)
+    largest = torch.tensor(n, device=device)
+    dist.all_reduce(largest, dist.ReduceOp.MAX)
+    return int(largest)
+
+
+def _join(device: torch.device) -> None:
+    """Makes the process group that the launcher's variables describe, unless there is one."""
+    PartialState(cpu=device.type == "cpu", timeout=PATIENCE)
+
+
+def _load_sharded(load: Callable[[], Any], device: torch.device) -> PreTrainedModel:
+    """The ranks of a node load one after the other, so that its memory holds one whole model at a time."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    _join(device)
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    model: Any = None
+    for turn in range(int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size()))):
+        if turn == int(os.environ["LOCAL_RANK"]):
+            model = _shard(load(), mesh, device)
+        dist.barrier()
+    return model
+
+
+def _shard(model: Any, mesh: Any, device: torch.device) -> PreTrainedModel:
+    """Divides the decoder layers; embeddings, last norm and head, whose weights are read from outside, stay whole."""
+    from torch.distributed.fsdp import fully_shard
+
+    layers = decoder_layers(model)
+    if not layers:
+        raise ValueError(
+            f"--shard-teacher: {type(model).__name__} has no decoder layers that could be divided among the processes; use "
+            "--device-map auto in one process"
+        )
+    model.requires_grad_(False)
+    divided = {parameter for layer in layers for parameter in layer.parameters()}
+    whole = set(model.base_model.parameters()) - divided
+    for layer in layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model.base_model, mesh=mesh, ignored_params=whole)  # one root: a layer is gathered while one computes
+    return model.to(device)
