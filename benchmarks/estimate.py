@@ -31,7 +31,8 @@ from transformers import (
 )
 
 from benchmarks.timing import RESULTS, environment, write_json
-from leaf.estimate import Estimator, Stage, Workload, counterfactual_groups, device_named, half_response
+from leaf.devices import device_named
+from leaf.estimate import Estimator, Stage, Workload, counterfactual_groups, half_response
 from leaf.generate import _batch
 from leaf.sensitivity import Scorer
 from leaf.trainer import LeafArguments, LeafTrainer

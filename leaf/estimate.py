@@ -9,11 +9,10 @@ from __future__ import annotations
 import collections
 import functools
 import os
-import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from rich import box
@@ -24,53 +23,16 @@ from transformers import AutoConfig, DynamicCache, PreTrainedConfig
 from leaf_kernels import SharedPrefixLayout
 from leaf_kernels.integrations.transformers import MassRecorder, check_model, packed_inputs, register
 
-from .config import RunConfig, did_you_mean
+from .config import RunConfig
 from .data import Sample, Skip
+from .devices import GIB, USABLE, Device, device_named
 from .objective import distillation, head_of, hidden_states
 from .pack import Collator, Group
 from .sensitivity import Scorer, batches
 from .trace import Trace, fake_model, planned, shapes_only, weight_bytes
 from .units import Pair
 
-GIB = 2**30
-USABLE = 0.92  # of a device's memory: the rest is the context's, the libraries' and what the allocator cannot use
 PLAIN_ROWS = 1000  # that times are given for, where no data says how many there are
-
-
-class Device(NamedTuple):
-    """Where a run would be. Rates are the maker's, of dense products; those of a CPU are measured."""
-
-    name: str
-    memory: int  # bytes
-    flops: dict[int, float]  # per second, by the size of an element
-    bandwidth: float  # bytes per second
-    shares: tuple[float, float]  # of these rates that models reach, at worst and at best
-
-    def holds(self, peak: int) -> bool:
-        return peak <= USABLE * self.memory
-
-    @property
-    def is_gpu(self) -> bool:
-        return self.name != "cpu"
-
-
-def _gpu(name: str, gib: float, tflops16: float, tflops32: float, tb_per_s: float) -> Device:
-    return Device(name, int(gib * GIB), {2: tflops16 * 1e12, 4: tflops32 * 1e12}, tb_per_s * 1e12, (0.2, 0.6))
-
-
-GPUS = {
-    gpu.name: gpu
-    for gpu in (
-        _gpu("a100", 80, 312, 19.5, 2.0),
-        _gpu("a100-40gb", 40, 312, 19.5, 1.55),
-        _gpu("h100", 80, 989, 67, 3.35),
-        _gpu("h200", 141, 989, 67, 4.8),
-        _gpu("b200", 180, 2250, 75, 7.7),
-        _gpu("l4", 24, 121, 30, 0.3),
-        _gpu("l40s", 48, 362, 91, 0.86),
-        _gpu("rtx4090", 24, 165, 82, 1.0),
-    )
-}
 
 
 @dataclass(frozen=True)
@@ -107,46 +69,6 @@ class Workload:
         packs = [[len(sample.input_ids) for sample in pack] for pack in batches(samples, max_tokens)]
         tokens = sum(map(sum, packs))
         return cls(max(packs, key=lambda pack: (sum(pack), max(pack))), len(samples), tokens / len(samples))
-
-
-def device_named(name: str, dtype: torch.dtype | None = None) -> Device:
-    """A GPU of `GPUS`, the one that is here ("cuda", "cuda:N"), this "cpu", or "auto": the GPU where there is one.
-
-    Raises:
-        ValueError: a device that is not known, or not here.
-    """
-    if name.lower() in GPUS:
-        return GPUS[name.lower()]
-    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
-        return _this_cpu(dtype or torch.float32)
-    if name == "auto" or name.startswith("cuda"):
-        if not torch.cuda.is_available():
-            raise ValueError(f"--device {name}: there is no GPU here; name one: {', '.join(GPUS)}")
-        here = torch.cuda.get_device_properties(torch.device("cuda" if name == "auto" else name))
-        words = here.name.lower().replace(" ", "")
-        known = max((gpu for gpu in GPUS if gpu.split("-")[0] in words), key=len, default="a100")  # rates: rough
-        return GPUS[known]._replace(name=here.name, memory=here.total_memory)
-    raise ValueError(
-        f"--device must be auto, cpu, cuda, cuda:N or one of {', '.join(GPUS)}, got {name!r}{did_you_mean(name, GPUS)}"
-    )
-
-
-def _this_cpu(dtype: torch.dtype) -> Device:
-    a, big = torch.ones(1024, 1024, dtype=dtype), torch.ones(2**25, dtype=torch.float32)
-
-    def fastest(run: Callable[[], object]) -> float:
-        run()
-        times = []
-        for _ in range(3):
-            start = time.perf_counter()
-            run()
-            times.append(time.perf_counter() - start)
-        return min(times)
-
-    flops = 2 * 1024**3 / fastest(lambda: a @ a)
-    bandwidth = big.nbytes / fastest(lambda: big.sum())
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return Device("cpu", memory, {2: flops, 4: flops}, bandwidth, (0.25, 1.0))
 
 
 def read_config(name: str) -> PreTrainedConfig:
@@ -254,8 +176,8 @@ class Estimator:
         lengths = self.workload.lengths
         with shapes_only(self.device.is_gpu):
             model = fake_model(self.configs[role], self.dtype)
-            vocab = model.get_input_embeddings().num_embeddings  # type: ignore[union-attr]
-            batch = [half_response(n, int(vocab), i) for i, n in enumerate(lengths)]
+            vocab = self.configs[role].get_text_config().vocab_size
+            batch = [half_response(n, vocab, i) for i, n in enumerate(lengths)]
             scorer = Scorer(model)
             checkpoints = sum(lengths) > scorer.keeps
             with scorer.saving(checkpoints), Trace(max(lengths) / 2) as trace:

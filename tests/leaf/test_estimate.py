@@ -13,7 +13,8 @@ import torch
 from transformers import PreTrainedConfig
 
 from leaf import cli
-from leaf.estimate import GPUS, Estimator, Workload, counterfactual_groups, device_named, half_response, read_config
+from leaf.devices import GPUS, device_named
+from leaf.estimate import Estimator, Workload, counterfactual_groups, half_response, read_config
 from leaf.sensitivity import Scorer
 from leaf.trainer import LeafArguments, LeafTrainer
 from leaf_kernels.testing import record_peak_bytes
@@ -160,7 +161,8 @@ def test_peak_on_a_gpu() -> None:
     script = """
 import torch, sys
 from transformers import AutoModelForCausalLM, LlamaConfig
-from leaf.estimate import Estimator, Workload, device_named, half_response
+from leaf.devices import device_named
+from leaf.estimate import Estimator, Workload, half_response
 from leaf.sensitivity import Scorer
 config = LlamaConfig(vocab_size=32000, hidden_size=2048, intermediate_size=5632, num_hidden_layers=8, num_attention_heads=16)
 work = Workload([4096] * 2, mean=4096)
