@@ -1,4 +1,4 @@
-"""The command line: `leaf demo | doctor | run | select | score | prune | distill | eval | report | export`.
+"""The command line: `leaf demo | doctor | estimate | run | select | score | prune | distill | eval | report | export`.
 
 Only the standard library is imported until a command runs, so `leaf --help` answers at once.
 """
@@ -6,13 +6,17 @@ Only the standard library is imported until a command runs, so `leaf --help` ans
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from . import __version__
 from .config import STAGES, add_arguments, did_you_mean, from_arguments
+
+if TYPE_CHECKING:
+    from .run import Run
 
 T = TypeVar("T")
 
@@ -134,8 +138,16 @@ def _parser() -> _Parser:
         ),
         ("doctor",),
     )
+    estimate = command(
+        "estimate", "memory and time of every stage, from two configs, before weights are loaded", _estimate
+    )
+    add_arguments(estimate, ("estimate",))
+    estimate.add_argument("--length", type=int, help="tokens of a row (default: those of --data, else --max-length)")
     for name, (help, stages) in STAGE_COMMANDS.items():
-        add_arguments(command(name, help, _stages), stages)
+        sub = command(name, help, _stages)
+        add_arguments(sub, stages)
+        if name == "score":
+            sub.add_argument("--dry-run", action="store_true", help="count samples and skips, estimate, write nothing")
     export = command("export", "write the tables in other formats", _export)
     export.add_argument("--output", default="leaf-run", help="the run directory (default: leaf-run)")
     export.add_argument(
@@ -169,15 +181,51 @@ def _doctor(arguments: argparse.Namespace) -> int:
     return 0 if doctor.check(from_arguments(arguments), Console()) else 2
 
 
+def _estimate(arguments: argparse.Namespace) -> int:
+    config = from_arguments(arguments)
+    if arguments.length is not None:
+        if arguments.length < 2 or config.data:
+            raise ValueError(f"--length must be at least 2 and comes without --data, got {arguments.length}")
+        config = dataclasses.replace(config, max_length=arguments.length)
+    from rich.console import Console
+
+    from . import estimate, run, stages
+
+    console, workload = Console(highlight=False), None
+    if config.data:
+        units = stages.encoded(run.Run(config), run.read(config, config.data))
+        estimate.count(units, config.max_tokens, console)
+        if all(isinstance(unit, run.Skip) for unit in units):
+            raise ValueError("none of the rows of --data can be used; see --max-length")
+        workload = estimate.Workload.of(units, "student", config.max_tokens)
+    estimator = estimate.estimator_of(config, workload)
+    estimate.report(estimator, estimator.all(), console)
+    return 0
+
+
 def _stages(arguments: argparse.Namespace) -> int:
     config = from_arguments(arguments)
     from . import run
+
+    if getattr(arguments, "dry_run", False):
+        return _dry_run(run.Run(config, Terminal()))
 
     ui = Terminal() if os.environ.get("RANK", "0") == "0" else run.Silent()
     problems = run.run_stages(config, STAGE_COMMANDS[arguments.name][1], ui)
     for problem in problems:
         ui.say(problem)
     return 1 if problems else 0
+
+
+def _dry_run(run: Run) -> int:
+    from rich.console import Console
+
+    from .stages import preview_score
+
+    preview_score(run, Console(highlight=False))
+    for problem in run.problems:
+        run.ui.say(problem)
+    return 1 if run.problems else 0
 
 
 def _export(arguments: argparse.Namespace) -> int:

@@ -26,9 +26,9 @@ TRAINING_DEFAULTS: dict[str, Any] = {
     "save_total_limit": 2,
 }
 
-_MODELS = "select score verify distill eval doctor"
-_ROWS = "select eval doctor"
-_RENDER = "select score verify distill eval doctor"
+_MODELS = "select score verify distill eval doctor estimate"
+_ROWS = "select eval doctor estimate"
+_RENDER = "select score verify distill eval doctor estimate"
 _ALL = " ".join(STAGES)
 
 # Short flags for the fields of LeafArguments that are set most; all others go into `training:` of the YAML file.
@@ -73,13 +73,15 @@ class RunConfig:
     teacher: str | None = _option(None, "teacher: a model folder or hub id", _MODELS, key=False)
     student: str | None = _option(None, "student: a model folder or hub id", _MODELS, key=False)
     data: str | None = _option(
-        None, "rows: a .json, .jsonl or .parquet file, or a data set name", "select doctor", key=False
+        None, "rows: a .json, .jsonl or .parquet file, or a data set name", "select doctor estimate", key=False
     )
     eval_data: str | None = _option(None, "rows to evaluate on (default: the rows of --data)", "eval", key=False)
     output: str = _option("leaf-run", "the run directory", _ALL, key=False)
     device: str = _option("auto", "device of scoring, generation and evaluation", _MODELS, key=False)
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = _option(
-        "auto", "dtype of frozen models: auto = bfloat16 on a GPU, float32 on a CPU", "select score verify eval"
+        "auto",
+        "dtype of frozen models: auto = bfloat16 on a GPU, float32 on a CPU",
+        "select score verify eval estimate",
     )
     device_map: Literal["auto", "balanced", "balanced_low_0", "sequential"] | None = _option(
         None,
@@ -112,10 +114,10 @@ class RunConfig:
     )
     max_length: int = _option(4096, "tokens of a row; longer rows are skipped and counted", _RENDER)
     truncate: Literal["response"] | None = _option(
-        None, "cut long responses at the end instead of skipping", "score doctor"
+        None, "cut long responses at the end instead of skipping", "score doctor estimate"
     )
     max_tokens: int = _option(
-        16384, "token budget of a pack or a generation batch", "select score verify distill eval", key=False
+        16384, "token budget of a pack or a generation batch", "select score verify distill eval estimate", key=False
     )
 
     select: Literal["teacher_right", "student_wrong", "all"] = _option(
@@ -131,11 +133,13 @@ class RunConfig:
         "select verify eval",
         key=False,
     )
-    max_new_tokens: int = _option(512, "tokens that a model may generate", "select verify eval")
+    max_new_tokens: int = _option(512, "tokens that a model may generate", "select verify eval estimate")
     engine: Literal["transformers", "vllm"] = _option("transformers", "what generates", "select verify eval")
 
-    level: Literal["instruction", "response", "both"] = _option("instruction", "which tokens are scored", "score")
-    segments: Literal[2, 3] = _option(2, "segments that a response is cut into at response level", "score")
+    level: Literal["instruction", "response", "both"] = _option(
+        "instruction", "which tokens are scored", "score estimate"
+    )
+    segments: Literal[2, 3] = _option(2, "segments that a response is cut into at response level", "score estimate")
     rule: Literal["quantile", "threshold"] = _option(
         "quantile", "flag a share of the tokens, or scores up to tau", "prune eval"
     )

@@ -293,9 +293,21 @@ class Run:
             table = current()
         return table or open_table(folder)  # which says what is wrong with it
 
-    def check(self, stage: str, left: int, total: int, *, remedy: str, skipped: int = 0) -> None:
-        """Says how many rows are left, notes when too many were skipped, refuses to go on without any."""
-        counts = open_table(self.folder / stage).counts
+    def check(
+        self,
+        stage: str,
+        left: int,
+        total: int,
+        *,
+        remedy: str,
+        skipped: int = 0,
+        counts: Mapping[str, int] | None = None,
+    ) -> None:
+        """Says how many rows are left, notes when too many were skipped, refuses to go on without any.
+
+        counts: of the rows by what became of them; default: those of the stage's table.
+        """
+        counts = open_table(self.folder / stage).counts if counts is None else counts
         reasons = ", ".join(f"{name} {count}" for name, count in counts.items() if name != "ok") or "none skipped"
         self.ui.say(f"{stage}: {left} of {total} left ({reasons})")
         if skipped > self.config.max_skip_fraction * total:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import itertools
 import logging
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -20,7 +21,7 @@ from leaf_kernels.integrations.transformers import NAME, check_model, register
 from .data import Sample, Skip
 from .generate import free_memory, is_out_of_memory
 from .loading import decoder_layers
-from .objective import check_head, head_of, hidden_states
+from .objective import Head, check_head, head_of, hidden_states
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +42,20 @@ class Sensitivity(NamedTuple):
     norm: torch.Tensor  # [n] fp32, ‖d loss / d embedding‖ at every position; only scored ones are meaningful
     loss: float  # mean cross-entropy of the response tokens, end of turn included
     nll: torch.Tensor | None  # [n] fp32, −log p of each scored token given what precedes it; None unless asked for
+
+
+class Gradient(NamedTuple):
+    """Of a pack of N tokens, on the model's devices."""
+
+    embeddings: torch.Tensor  # [1, N, H], of the loss
+    losses: torch.Tensor  # [N], what each row adds to it
+    hidden: torch.Tensor  # [N, H]
+    labels: torch.Tensor  # [N]
+    layout: SharedPrefixLayout
+
+
+def _options(head: Head) -> dict[str, Any]:
+    return {"bias": head.bias, "softcap": head.softcap, "logit_scale": head.logit_scale}
 
 
 def sensitivities(
@@ -144,14 +159,7 @@ class Scorer:
     ) -> list[Sensitivity | Skip] | None:
         """None where memory does not suffice. checkpoints: with MLPs in tiles. offload: they wait in host memory."""
         try:
-            with contextlib.ExitStack() as stack:
-                if checkpoints:
-                    for layer in self.layers[:-1]:  # the last one's backward needs its activations right away
-                        stack.enter_context(_replaced(layer, _checkpointed))
-                    for mlp in self.mlps:
-                        stack.enter_context(_replaced(mlp, _in_tiles))
-                if offload:
-                    stack.enter_context(torch.autograd.graph.save_on_cpu(pin_memory=True))
+            with self.saving(checkpoints, offload):
                 return list(self._measure(batch))
         except RuntimeError as error:
             if not is_out_of_memory(error):
@@ -159,12 +167,26 @@ class Scorer:
         free_memory()  # not within the handler: there, the traceback still holds the activations
         return None
 
-    def _measure(self, batch: Sequence[Sample]) -> Iterator[Sensitivity]:
+    @contextlib.contextmanager
+    def saving(self, checkpoints: bool, offload: bool = False) -> Iterator[None]:
+        """Inside, the model's layers keep less."""
+        with contextlib.ExitStack() as stack:
+            if checkpoints:
+                for layer in self.layers[:-1]:  # the last one's backward needs its activations right away
+                    stack.enter_context(_replaced(layer, _checkpointed))
+                for mlp in self.mlps:
+                    stack.enter_context(_replaced(mlp, _in_tiles))
+            if offload:
+                stack.enter_context(torch.autograd.graph.save_on_cpu(pin_memory=True))
+            yield
+
+    def gradient(self, batch: Sequence[Sample]) -> Gradient:
+        """The forward and backward of a pack; reads no value back from the device."""
         model, head = self.model, self.head
         embed: Any = model.get_input_embeddings()
         near, far = embed.weight.device, head.weight.device  # two, where the model spans devices
         lengths = [len(s.input_ids) for s in batch]
-        starts = [0, *torch.tensor(lengths).cumsum(0).tolist()]
+        starts = itertools.accumulate(lengths, initial=0)
         layout = SharedPrefixLayout.from_lengths(lengths).to(near)
         input_ids = torch.tensor([i for s in batch for i in s.input_ids])
         # The last row of a sample would predict the next sample's first token: it is never used.
@@ -181,26 +203,33 @@ class Scorer:
 
         embeddings = embed(input_ids.to(near)[None]).detach().requires_grad_()
         inputs = {"inputs_embeds": embeddings, "position_ids": layout.position_ids[None], "layout": layout}
-        options: dict[str, Any] = {"bias": head.bias, "softcap": head.softcap, "logit_scale": head.logit_scale}
         with torch.enable_grad(), contextlib.ExitStack() as stack:
             if self.mlps and not self.perplexity:  # only these rows of the last layer's MLP enter the loss
                 stack.enter_context(_replaced(self.mlps[-1], functools.partial(_on_rows, rows=response_rows.to(far))))
             hidden = hidden_states(model, inputs).to(far)
             loss, per_token = linear_cross_entropy(
-                hidden, head.weight, labels, token_weight=token_weight, rows=response_rows.to(far), **options
+                hidden, head.weight, labels, token_weight=token_weight, rows=response_rows.to(far), **_options(head)
             )
             _return_freed_memory(near)
             (gradient,) = torch.autograd.grad(loss, embeddings)
+        return Gradient(gradient, per_token * token_weight, hidden.detach(), labels, layout)
+
+    def _measure(self, batch: Sequence[Sample]) -> Iterator[Sensitivity]:
+        gradient, weighted, hidden, labels, layout = self.gradient(batch)
+        head, lengths = self.head, [len(s.input_ids) for s in batch]
+        starts = itertools.accumulate(lengths, initial=0)
         norm = torch.linalg.vector_norm(gradient[0], dim=-1, dtype=torch.promote_types(gradient.dtype, torch.float32))
         nll = None
         if self.perplexity:
             prompt = torch.tensor([i for s in batch for i in s.scored])
             prompt_rows = (prompt & (layout.position_ids.cpu() > 0)).nonzero().squeeze(1) - 1
             with torch.no_grad():
-                nll = linear_cross_entropy(hidden.detach(), head.weight, labels, rows=prompt_rows.to(far), **options)[1]
+                nll = linear_cross_entropy(
+                    hidden, head.weight, labels, rows=prompt_rows.to(labels.device), **_options(head)
+                )[1]
             nll = nll.roll(1).cpu()  # from the predicting row to the predicted token
-        _return_freed_memory(near)
-        losses = torch.stack([x.sum() for x in (per_token * token_weight).split(lengths)]).tolist()
+        _return_freed_memory(gradient.device)
+        losses = torch.stack([x.sum() for x in weighted.split(lengths)]).tolist()
         norm = norm.cpu()
         for i, (start, length) in enumerate(zip(starts, lengths)):
             here = slice(start, start + length)

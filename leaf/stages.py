@@ -8,8 +8,8 @@ import functools
 import itertools
 import json
 import pathlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import torch
@@ -29,6 +29,9 @@ from .tables import Table, digest, model_key, open_table
 from .units import Pair, read_pairs
 from .verify import ROLES, answered_rightly
 from .verify import decide as decide_counterfactual
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 _TEXT, _INT, _FLOAT, _BOOL = pa.string(), pa.int64(), pa.float64(), pa.bool_()
 _SPANS, _NUMBERS = pa.list_(pa.list_(pa.int64())), pa.list_(pa.float32())
@@ -67,6 +70,9 @@ EVALUATION = pa.schema(
 )
 
 
+SCORE_REMEDY = "see --max-length and --protect"
+
+
 def select(run: Run) -> Table:
     """The rows that are worth pruning, every other one with its reason."""
     units = list(read(run.config, run.config.data))
@@ -97,16 +103,31 @@ def select(run: Run) -> Table:
     return table
 
 
-def score(run: Run) -> Table:
-    """Both sensitivities and the score of every sample (E1–E3)."""
-    selected = open_table(run.folder / "select")
-    kept = [row for row in (restore_row(row) for row in selected if row["status"] == "ok") if isinstance(row, Row)]
+def selected_rows(run: Run) -> list[Row]:
+    """What the select stage left."""
+    rows = (restore_row(row) for row in open_table(run.folder / "select") if row["status"] == "ok")
+    return [row for row in rows if isinstance(row, Row)]
+
+
+def encoded(run: Run, rows: Iterable[Row | Skip]) -> list[Pair | Skip]:
+    """The samples of rows, at the levels that are scored, as each model reads them."""
     both = ("instruction", "response")
     levels = both if run.config.level == "both" else (run.config.level,)
     encode = functools.partial(run.encoder.encode, segments=run.config.segments)
+    samples = (
+        unit
+        for row in rows
+        for units in ([[row]] if isinstance(row, Skip) else (encode(row, level=level) for level in levels))
+        for unit in units
+    )
+    return list(read_pairs(samples, run.reader))
+
+
+def score(run: Run) -> Table:
+    """Both sensitivities and the score of every sample (E1–E3)."""
+    kept = selected_rows(run)
     models = run.models()
-    encoded = (unit for row in kept for level in levels for unit in encode(row, level=level))
-    units = list(read_pairs(encoded, run.reader))
+    units = encoded(run, kept)
     samples = {role: [getattr(unit, role) for unit in units if isinstance(unit, Pair)] for role in models}
     rendered = {
         role: digest([dataclasses.asdict(unit if isinstance(unit, Skip) else getattr(unit, role)) for unit in units])
@@ -146,12 +167,30 @@ def score(run: Run) -> Table:
     key = run.key("score", samples=rendered, teacher=teacher.fingerprint, student=student.fingerprint)
     table = run.table("score", key, SCORES, units, merge)
     usable = {row["id"] for row in table.arrow(["id", "status"]).to_pylist() if row["status"] == "ok"}
-    run.check("score", len(usable), len(kept), skipped=len(kept) - len(usable), remedy="see --max-length and --protect")
+    run.check("score", len(usable), len(kept), skipped=len(kept) - len(usable), remedy=SCORE_REMEDY)
     for role, measured in (("teacher", teacher), ("student", student)):
         if count := measured.counts.get("skipped:oom"):
             again = f"to try them again elsewhere, remove {measured.path}"
             run.ui.say(f"score: {count} samples do not fit into memory with the {role} (skipped: oom); {again}")
     return table
+
+
+def preview_score(run: Run, console: Console) -> None:
+    """What `score` would do, and what it would take; writes nothing."""
+    from .estimate import Workload, count, estimator_of, report
+
+    kept = selected_rows(run)
+    units = encoded(run, kept)
+    usable = len({unit.student.id for unit in units if isinstance(unit, Pair)})
+    count(units, run.config.max_tokens, console)
+    counts = collections.Counter(f"skipped:{unit.reason}" if isinstance(unit, Skip) else "ok" for unit in units)
+    run.check("score", usable, len(kept), skipped=len(kept) - usable, remedy=SCORE_REMEDY, counts=counts)
+    estimators = {
+        role: estimator_of(run.config, Workload.of(units, role, run.config.max_tokens))
+        for role in ("teacher", "student")
+    }
+    scoring = [estimator.scoring(role) for role, estimator in estimators.items()]
+    report(estimators["student"], scoring, console)
 
 
 def prune(run: Run) -> Table:

@@ -67,7 +67,9 @@ def test_commands_and_options_exist():
 
     for line in re.findall(r"^(?:accelerate launch -m )?(leaf .*?)(?:\s+#.*)?$", README, re.MULTILINE):
         command = line.split()[1]
-        assert command in main.__globals__["STAGE_COMMANDS"] or command in ("demo", "doctor", "export"), line
+        assert command in main.__globals__["STAGE_COMMANDS"] or command in ("demo", "doctor", "estimate", "export"), (
+            line
+        )
 
 
 @pytest.mark.parametrize("document", ["README.md", "docs/packing.md", "docs/linear_kl.md"])

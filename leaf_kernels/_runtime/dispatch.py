@@ -7,7 +7,7 @@ import warnings
 import torch
 
 from ..types import Impl
-from .launch import interpreted
+from .launch import interpreted, on_gpu
 
 # Kernels of other libraries, served on request only and never by `auto`.
 VENDOR_IMPLS = {"pruned_attention": (Impl.TORCH_VARLEN, Impl.FLASH_ATTN)}
@@ -36,7 +36,7 @@ def resolve_impl(op: str, impl: str | Impl, device: torch.device, obstacle: str 
     if choice is not Impl.AUTO:
         return choice
     if device.type == "cpu":
-        return Impl.REFERENCE
+        return Impl.TRITON if on_gpu(device) and obstacle is None else Impl.REFERENCE
     if device.type == "cuda" and torch.version.cuda is not None:
         if obstacle is None and torch.cuda.get_device_capability(device) < (8, 0):
             obstacle = "the kernel needs compute capability 8.0"

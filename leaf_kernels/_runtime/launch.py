@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -13,6 +14,28 @@ import torch
 def interpreted() -> bool:
     """Whether Triton kernels run in its interpreter, on the CPU. Triton reads this variable when a kernel is defined."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")
+
+
+_shapes_only = False
+
+
+@contextlib.contextmanager
+def gpu_shapes() -> Iterator[None]:
+    """Inside, ops on CPU tensors make the tensors that they would make on an H100, and launch nothing.
+
+    Meant for fake tensors (`torch._subclasses.FakeTensorMode`), on machines without a GPU: results hold no values.
+    """
+    global _shapes_only
+    _shapes_only = True
+    try:
+        yield
+    finally:
+        _shapes_only = False
+
+
+def on_gpu(device: torch.device) -> bool:
+    """Whether kernels serve `device`, as they do on a GPU; without `gpu_shapes`, whether it is one."""
+    return device.type == "cuda" or _shapes_only
 
 
 @functools.cache  # asked for several times in every call of an op
@@ -27,6 +50,8 @@ def architecture(device: torch.device) -> str:
     "sm_80" (A100: 163 KB of shared memory), "sm_90" (Hopper: 227 KB, wgmma), "sm_100" (data-centre Blackwell: 227 KB, tensor
     memory), "small" (99 KB: A10, L4, RTX 30 to 50, and every card that is not known), "interpreter" on a CPU.
     """
+    if _shapes_only:
+        return "sm_90"
     if device.type != "cuda":
         return "interpreter"
     major, minor = _capability(device)
@@ -39,6 +64,8 @@ def architecture(device: torch.device) -> str:
 
 def launch(kernel: Any, programs: int, *args: Any, **constants: Any) -> None:
     """Runs `kernel` on a one-dimensional grid (a grid's other axes end at 65 535) on the device of its first tensor."""
+    if _shapes_only:
+        return
     device = next(a.device for a in args if isinstance(a, torch.Tensor))
     # Triton launches on the current device, whatever device the tensors are on.
     guard = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()

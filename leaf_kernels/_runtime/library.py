@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 _LIBRARY = torch.library.Library("leaf_kernels", "DEF")
+LAUNCHERS: dict[Any, Callable[..., Any]] = {}  # what an operator runs
 
 
 def define(schema: str, launcher: Callable[..., Any], fake: Callable[..., Any]) -> Any:
@@ -21,4 +22,6 @@ def define(schema: str, launcher: Callable[..., Any], fake: Callable[..., Any]) 
     for key in ("CUDA", "CPU"):
         _LIBRARY.impl(name, launcher, key)
     torch.library.register_fake(f"leaf_kernels::{name}", fake, lib=_LIBRARY)
-    return getattr(torch.ops.leaf_kernels, name).default
+    operator = getattr(torch.ops.leaf_kernels, name).default
+    LAUNCHERS[operator] = launcher
+    return operator

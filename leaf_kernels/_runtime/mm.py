@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from .launch import on_gpu
+
 
 def operand_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     """What an operand of compute dtype `dtype` is held in for `mm_into` and `addmm_into`.
@@ -11,7 +13,7 @@ def operand_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     CUDA multiplies 16-bit operands into an fp32 result. torch's CPU products round the result to the operands' dtype, so
     there 16-bit operands are widened.
     """
-    return torch.float32 if device.type != "cuda" and dtype.itemsize == 2 else dtype
+    return torch.float32 if not on_gpu(device) and dtype.itemsize == 2 else dtype
 
 
 def mm_into(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

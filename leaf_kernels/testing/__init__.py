@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from .allocations import record_allocations, record_peak_bytes
+from .._runtime.launch import gpu_shapes
+from .allocations import AllocationRecorder, record_allocations, record_peak_bytes
 from .attention import AttentionResult, attention_in_chunks
 from .budget import assert_close_to_fp64
 from .covering import pairwise
@@ -12,11 +13,13 @@ from .ragged import pruned_groups, ragged_lengths, ragged_starts
 from .sync import refuse_host_sync
 
 __all__ = [
+    "AllocationRecorder",
     "AttentionResult",
     "Compiled",
     "assert_close_to_fp64",
     "attention_in_chunks",
     "compile_offline",
+    "gpu_shapes",
     "guarded_outputs",
     "pairwise",
     "pruned_groups",

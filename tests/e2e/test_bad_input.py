@@ -92,7 +92,11 @@ def test_rows_that_cannot_be_used_are_counted(leaf: Leaf) -> None:
     code, said = leaf("score", "--max-length", "200")
     assert code == 1
     assert "1 of 4 rows were skipped, more than --max-skip-fraction 0.01 (skipped:too_long 1)" in said
-    assert [row["status"] for row in open_table(leaf.output / "score")] == ["ok", "ok", "skipped", "ok"]
+    fate = [(row["id"], row["status"], row["reason"], row["detail"]) for row in open_table(leaf.output / "score")]
+    assert [each for each in fate if each[1] == "ok"] == [(f"p{n}", "ok", None, None) for n in range(3)]
+    (name, status, reason, detail) = fate[2]
+    assert (name, status, reason) == ("long", "skipped", "too_long")
+    assert "max_length is 200" in detail
     assert leaf("score", "--max-length", "200", "--max-skip-fraction", "0.5")[0] == 0
     assert leaf("prune", "--verify", "none")[0] == 0  # the skipped row does not stop what follows
 

@@ -15,9 +15,10 @@ import torch
 from small import Said, word_problems, write_rows
 
 import leaf.run
-from leaf import sensitivity
+from leaf import cli, sensitivity
 from leaf.config import RunConfig
-from leaf.run import run_stages
+from leaf.run import Run, run_stages
+from leaf.stages import encoded, selected_rows
 from leaf.tables import open_table
 
 TABLES = ("score-teacher", "score-student", "score")
@@ -186,3 +187,32 @@ def test_another_error_is_not_taken_for_a_lack_of_memory(
     monkeypatch.setattr(sensitivity.Scorer, "_measure", broken)
     with pytest.raises(RuntimeError, match="illegal memory access"):
         run_stages(config(pair, tmp_path), ("select", "score"))
+
+
+def test_dry_run_counts_and_writes_nothing(
+    pair: dict[str, str], tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "150")  # of the tables
+    options = config(pair, tmp_path)
+    run_stages(options, ("select",))
+    before = sorted(pathlib.Path(options.output).rglob("*"))
+    flags = [*command(options), "--dry-run"]
+    assert cli.main(flags) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    for part in ("samples 12 12 ", "packs of up to 180 ", "score, teacher", "score, student", "memory in GiB"):
+        assert part in out, part
+    longest = max(select_lengths(options))
+    assert f"longest sample {longest} {longest} " in out
+
+    assert cli.main([*flags, "--max-length", "100"]) == 1
+    out, err = capsys.readouterr()
+    assert "samples 8 8 skipped: too_long 4 4 " in " ".join(out.split())
+    assert "score: 8 of 12 left (skipped:too_long 4)" in " ".join(err.split())
+    assert "4 of 12 rows were skipped, more than --max-skip-fraction 0.01" in " ".join(err.split())
+    assert cli.main([*flags, "--max-length", "100", "--max-skip-fraction", "0.4"]) == 0
+    assert sorted(pathlib.Path(options.output).rglob("*")) == before
+
+
+def select_lengths(options: RunConfig) -> list[int]:
+    units = encoded(Run(options), selected_rows(Run(options)))
+    return [len(unit.student.input_ids) for unit in units]

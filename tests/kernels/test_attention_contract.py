@@ -369,7 +369,7 @@ def test_attention_mass_reads_chosen_queries_only():
 
 
 def test_launchers_allocate_results_and_row_terms_only():
-    """Run as plain functions, since a recorder does not see inside operators. Kernels are stand-ins here."""
+    """Run as plain functions, each for itself. Kernels are stand-ins here."""
     layout = SharedPrefixLayout.from_lengths([64] * 64)
     N, Hq, Hk, D = layout.num_tokens, 8, 1, 16
     q, k, v = (x.detach() for x in qkv(N, Hq, Hk, D, torch.float32))

@@ -95,6 +95,7 @@ def test_import_direction(path):
         inner = [n for n in under(names, "leaf_kernels") if n.split(".")[1:2] not in ([], ["integrations"])]
         public = {
             "leaf_kernels._version",
+            "leaf_kernels.testing",
             "leaf_kernels.layout",
             "leaf_kernels.types",
             *(f"leaf_kernels.{n}" for n in public_names()),

@@ -327,7 +327,7 @@ def test_gradients_of_16_bits(loss, dtype, monkeypatch):
         assert (got.double() - exact).norm() <= torch.finfo(dtype).eps * exact.norm()
 
 
-# What the launchers allocate and wait for; recorders do not see inside an operator
+# What the launchers allocate and wait for
 
 
 @pytest.fixture

@@ -1,0 +1,338 @@
+"""`leaf estimate`: memory and time of every stage, from two configs, before any weights are loaded.
+
+Memory is not a formula: the code of the stages runs on fake tensors, which have shapes and no values, and the bytes that
+are alive at one time are counted. Time is rough: products of matrices over the device's throughput.
+"""
+
+from __future__ import annotations
+
+import collections
+import functools
+import os
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from rich import box
+from rich.console import Console
+from rich.table import Table as Grid
+from transformers import AutoConfig, DynamicCache, PreTrainedConfig
+
+from leaf_kernels import SharedPrefixLayout
+from leaf_kernels.integrations.transformers import MassRecorder, check_model, packed_inputs, register
+
+from .config import RunConfig
+from .data import Sample, Skip
+from .devices import GIB, USABLE, Device, device_named
+from .objective import distillation, head_of, hidden_states
+from .pack import Collator, Group
+from .sensitivity import Scorer, batches
+from .trace import Trace, fake_model, planned, shapes_only, weight_bytes
+from .units import Pair
+
+PLAIN_ROWS = 1000  # that times are given for, where no data says how many there are
+
+
+@dataclass(frozen=True)
+class Stage:
+    """The peak of one model in one stage, in bytes, and its time for all rows, in seconds."""
+
+    name: str
+    weights: int
+    activations: int  # or checkpoints; for generation the KV cache
+    scratch: int  # of the op that runs at the peak
+    seconds: tuple[float, float]
+    state: int = 0  # gradients and AdamW
+
+    @property
+    def peak(self) -> int:
+        return self.weights + self.state + self.activations + self.scratch
+
+
+@dataclass(frozen=True)
+class Workload:
+    """The rows of a run: tokens of each in a stage's largest pack, and how many rows there are."""
+
+    lengths: list[int]
+    rows: int = PLAIN_ROWS
+    mean: float = field(default=0.0)  # tokens of a row
+
+    @classmethod
+    def plain(cls, length: int, max_tokens: int) -> Workload:
+        return cls([length] * max(1, max_tokens // length), mean=length)
+
+    @classmethod
+    def of(cls, units: Sequence[Pair | Skip], role: str, max_tokens: int) -> Workload:
+        samples = [getattr(unit, role) for unit in units if isinstance(unit, Pair)]
+        packs = [[len(sample.input_ids) for sample in pack] for pack in batches(samples, max_tokens)]
+        tokens = sum(map(sum, packs))
+        return cls(max(packs, key=lambda pack: (sum(pack), max(pack))), len(samples), tokens / len(samples))
+
+
+def read_config(name: str) -> PreTrainedConfig:
+    """The config of a model folder, a hub id or a config.json; weights are not looked at.
+
+    Raises:
+        ValueError: none is there, transformers does not know its architecture, or LeaF cannot pack it.
+    """
+    try:
+        config = AutoConfig.from_pretrained(name)
+    except (OSError, KeyError, ValueError) as error:
+        raise ValueError(
+            f"{name}: no config that transformers knows: give a folder with a config.json, that file, or a hub id ({error})"
+        ) from error
+    check_model(config)
+    for option in ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob"):
+        if getattr(config.get_text_config(), option, None):
+            setattr(config.get_text_config(), option, 0.0)  # as `Run.load`
+    return config
+
+
+# -- the stages --------------------------------------------------------------------------------------------------------
+
+
+class Estimator:
+    """The stages of a pair on a device; `stage(...)` of each returns a `Stage`.
+
+    Args:
+        teacher, student: configs.
+        dtype: of frozen models.
+    """
+
+    def __init__(
+        self,
+        teacher: PreTrainedConfig,
+        student: PreTrainedConfig,
+        workload: Workload,
+        device: Device,
+        dtype: torch.dtype,
+        *,
+        max_tokens: int = 16384,
+        max_new_tokens: int = 512,
+        epochs: float = 3,
+    ):
+        register()
+        self.configs = {"teacher": teacher, "student": student}
+        self.workload, self.device, self.dtype = workload, device, dtype
+        self.max_tokens, self.max_new_tokens, self.epochs = max_tokens, max_new_tokens, epochs
+
+    def all(self) -> list[Stage]:
+        return [
+            *(self.generation(role) for role in self.configs),
+            *(self.scoring(role) for role in self.configs),
+            self.distillation(checkpointing=False),
+            self.distillation(checkpointing=True),
+            self.attention(),
+        ]
+
+    def _seconds(self, flops: float, dtype: torch.dtype, moved: float = 0) -> tuple[float, float]:
+        """At best and at worst; moved: bytes that are read without much computing."""
+        worst, best = self.device.shares
+        ideal = flops / self.device.flops[2 if dtype.itemsize == 2 else 4] + moved / self.device.bandwidth
+        return ideal / best, ideal / worst
+
+    def _per_row(self, pack_tokens: int) -> float:
+        """Packs of this size for all rows."""
+        return self.workload.rows * self.workload.mean / pack_tokens
+
+    def generation(self, role: str) -> Stage:
+        """select, verify, eval: a batch of the longest prompts, with its KV cache grown to the full width."""
+        longest = max(self.workload.lengths)
+        width, new = longest + self.max_new_tokens, self.max_new_tokens
+        batch = max(1, self.max_tokens // width)
+        with shapes_only(self.device.is_gpu), torch.no_grad():
+            model: Any = fake_model(self.configs[role], self.dtype)
+            model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")
+            weights, cache = weight_bytes(model), DynamicCache(config=model.config)
+
+            def step(tokens: int, past: int) -> None:
+                # Left-padded prompts need a mask; a lone one needs none
+                mask = torch.ones(batch, 1, tokens, past + tokens, dtype=torch.bool) if batch > 1 else None
+                ids = torch.zeros(batch, tokens, dtype=torch.long)
+                positions = torch.arange(past, past + tokens)[None]
+                options = {"attention_mask": mask, "position_ids": positions, "past_key_values": cache}
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore", FutureWarning)  # transformers is renaming past_key_values
+                    model(ids, use_cache=True, logits_to_keep=1, **options).logits[:, -1].float()
+
+            with Trace(longest / 2) as trace:
+                step(longest, 0)
+                peak, prefill = trace.peak, trace.flops
+                if new > 2:
+                    step(new - 2, longest)
+                trace.peak = before = trace.live
+                decode = trace.flops
+                step(1, width - 2)
+            decode = trace.flops - decode
+        moved = (weights + before / 2) * new
+        seconds = [x * self.workload.rows / batch for x in self._seconds(prefill + decode * new, self.dtype, moved)]
+        peak = max(peak, trace.peak)
+        return Stage(f"generate, {role}", weights, peak, 0, (seconds[0], seconds[1]))
+
+    def scoring(self, role: str) -> Stage:
+        """A pack through `leaf.sensitivity`, with checkpoints where it would choose them."""
+        lengths = self.workload.lengths
+        with shapes_only(self.device.is_gpu):
+            model = fake_model(self.configs[role], self.dtype)
+            vocab = self.configs[role].get_text_config().vocab_size
+            batch = [half_response(n, vocab, i) for i, n in enumerate(lengths)]
+            scorer = Scorer(model)
+            checkpoints = sum(lengths) > scorer.keeps
+            with scorer.saving(checkpoints), Trace(max(lengths) / 2) as trace:
+                scorer.gradient(batch)
+            weights = weight_bytes(model)
+        low, high = self._seconds(trace.flops * self._per_row(sum(lengths)), self.dtype)
+        name = f"score, {role}{', checkpoints' if checkpoints else ''}"
+        return Stage(name, weights, trace.peak - trace.scratch, trace.scratch, (low, high))
+
+    def distillation(self, checkpointing: bool) -> Stage:
+        """A pack of originals, each with a counterfactual that shares half of it; gradients and AdamW exist already."""
+        length = max(max(self.workload.lengths), 4)
+        count = max(1, self.max_tokens // (length + length // 2))
+        vocab = min(config.get_text_config().vocab_size for config in self.configs.values())
+        groups = counterfactual_groups(length, vocab, count)
+        pack: Any = Collator(10**12)(groups)["packs"][0]  # type: ignore[arg-type]
+        planned(pack["layout"])
+        inputs = {name: pack[name] for name in ("input_ids", "position_ids", "layout")}
+        autocast = functools.partial(torch.autocast, "cpu", torch.bfloat16, enabled=self.device.is_gpu)
+        with shapes_only(self.device.is_gpu):
+            teacher = fake_model(self.configs["teacher"], self.dtype)
+            student: Any = fake_model(self.configs["student"], torch.float32).requires_grad_(True).train()
+            if checkpointing:
+                student.activation_checkpointing_enable()
+            for parameter in student.parameters():
+                parameter.grad = torch.zeros_like(parameter)
+            with Trace(length / 2) as trace:
+                with torch.no_grad(), autocast():
+                    hidden = hidden_states(teacher, inputs)
+                head = head_of(teacher)
+                if not self.device.is_gpu:
+                    head = head._replace(weight=head.weight.float())
+                options: dict[str, Any] = {"temperature": 1.0, "divergence": "forward_kl", "beta": None}
+                one = torch.ones(())
+                objective = distillation(pack, hidden, head, (one, one), ce_weight=0, vocab_size=vocab, **options)
+                with autocast():
+                    loss = objective(hidden_states(student, inputs), head_of(student)).loss
+                loss.backward()
+            weights = weight_bytes(teacher) + weight_bytes(student)
+            state = 3 * sum(parameter.nbytes for parameter in student.parameters())
+        packs = self.epochs * self.workload.rows * self.workload.mean / (count * length)
+        seconds = self._seconds(trace.flops * packs, torch.bfloat16 if self.device.is_gpu else torch.float32)
+        name = f"distil{', gradient_checkpointing' if checkpointing else ''}"
+        return Stage(name, weights, trace.peak - trace.scratch, trace.scratch, seconds, state=state)
+
+    def attention(self) -> Stage:
+        """eval: the attention of every layer on the flagged tokens. On a CPU as on a GPU: the specification, which runs
+        there, reads values, and its scratch is small."""
+        lengths = self.workload.lengths
+        with shapes_only(gpu=True), torch.no_grad():
+            model = fake_model(self.configs["student"], self.dtype)
+            layout = SharedPrefixLayout.from_lengths(lengths)
+            with Trace(max(lengths) / 2) as trace:
+                recorder = MassRecorder(torch.ones(sum(lengths), dtype=torch.bool))
+                ids = torch.zeros(sum(lengths), dtype=torch.long)
+                model.base_model(**packed_inputs(layout, ids), mass=recorder)
+                torch.stack([layer.mean(0) for layer in recorder.layers]).mean(0)
+            weights = weight_bytes(model)
+        seconds = self._seconds(2 * trace.flops * self._per_row(sum(lengths)), self.dtype)
+        return Stage("eval, attention", weights, trace.peak - trace.scratch, trace.scratch, seconds)
+
+
+# -- the command -------------------------------------------------------------------------------------------------------
+
+
+def estimator_of(config: RunConfig, workload: Workload | None = None) -> Estimator:
+    """Of the pair that `config` names, on its device. Default workload: packs of rows of `max_length` tokens.
+
+    Raises:
+        ValueError: no pair, a config that is not there or whose architecture is not known, an unknown device.
+    """
+    names = {role: getattr(config, role) for role in ("teacher", "student")}
+    configs = {
+        role: read_config(name if name and os.path.isfile(name) else config.named(role)) for role, name in names.items()
+    }
+    wanted = None if config.dtype == "auto" else getattr(torch, config.dtype)
+    device = device_named(config.device, wanted)
+    return Estimator(
+        **configs,
+        workload=workload or Workload.plain(config.max_length, config.max_tokens),
+        device=device,
+        dtype=wanted or (torch.bfloat16 if device.is_gpu else torch.float32),
+        max_tokens=config.max_tokens,
+        max_new_tokens=config.max_new_tokens,
+        epochs=float(config.training["num_train_epochs"]),
+    )
+
+
+def report(estimator: Estimator, stages: Sequence[Stage], console: Console) -> None:
+    """Prints a table of the stages, and what to change where one does not fit."""
+    device, work = estimator.device, estimator.workload
+    title = (
+        f"{device.name}, {device.memory / GIB:.0f} GiB; frozen models in {str(estimator.dtype).removeprefix('torch.')}; "
+        f"{len(work.lengths)} rows of {max(work.lengths)} tokens in a pack; memory in GiB, time for {work.rows} rows"
+    )
+    sizes = ("weights", "state", "activations", "scratch", "peak")
+    grid = Grid("stage", *sizes, "time", "fits", title=title, box=box.SIMPLE, title_justify="left", title_style="bold")
+    for stage in stages:
+        numbers = [f"{getattr(stage, name) / GIB:.2f}" for name in sizes]
+        grid.add_row(stage.name, *numbers, _range(stage.seconds), "yes" if device.holds(stage.peak) else "no")
+    console.print(grid)
+    console.print(
+        "state: gradients and AdamW. activations: checkpoints and KV cache too. Memory is what tensors take; the rest of a "
+        f"process (imports, contexts) is {1 - USABLE:.0%} of the device here. Times are rough: no GPU has confirmed them."
+    )
+    for stage in stages:
+        if not device.holds(stage.peak):
+            console.print(f"{stage.name} does not fit: {_remedy(stage, device)}")
+
+
+def _range(seconds: tuple[float, float]) -> str:
+    size, unit = next(((s, u) for s, u in ((3600, "h"), (60, "min")) if seconds[0] >= s), (1, "s"))
+    return " to ".join(f"{x / size:.2g}" if x < 100 * size else f"{x / size:.0f}" for x in seconds) + f" {unit}"
+
+
+def _remedy(stage: Stage, device: Device) -> str:
+    if not device.holds(stage.weights + stage.state):
+        held = "weights, gradients and AdamW" if stage.state else "weights"
+        return f"{held} alone do not; take a larger device, smaller models" + (
+            "" if stage.state else " or --dtype bfloat16"
+        )
+    if stage.name == "distil":
+        return "set gradient_checkpointing: true under `training:`, or lower --max-tokens"
+    return "lower --max-tokens, then --max-length" + (" or --max-new-tokens" if stage.name.startswith("gen") else "")
+
+
+def count(units: Sequence[Pair | Skip], max_tokens: int, console: Console) -> None:
+    """Prints what rows became, as each model reads them."""
+    pairs = [unit for unit in units if isinstance(unit, Pair)]
+    grid = Grid("", "teacher", "student", box=box.SIMPLE)
+    grid.add_row("samples", *[str(len(pairs))] * 2)
+    for reason, n in collections.Counter(unit.reason for unit in units if isinstance(unit, Skip)).items():
+        grid.add_row(f"skipped: {reason}", *[str(n)] * 2)
+    both = [[getattr(pair, role) for pair in pairs] for role in ("teacher", "student")]
+    lengths = [[len(sample.input_ids) for sample in samples] for samples in both]
+    grid.add_row("tokens", *(str(sum(each)) for each in lengths))
+    grid.add_row("longest sample", *(str(max(each, default=0)) for each in lengths))
+    grid.add_row(f"packs of up to {max_tokens}", *(str(len(list(batches(samples, max_tokens)))) for samples in both))
+    console.print(grid)
+
+
+def half_response(length: int, vocab: int, n: int = 0) -> Sample:
+    """A row of a length: half prompt, half response."""
+    half = max(1, length // 2)
+    ids = [(n + i) % vocab for i in range(length)]
+    return Sample(str(n), "instruction", 0, "", 0, ids, [], half, [i < half for i in range(length)])
+
+
+def counterfactual_groups(length: int, vocab: int, count: int) -> list[Group]:
+    """Originals of a length, each with a counterfactual that shares half of it."""
+
+    def group(item: Sample) -> Group:
+        half = item.response_start
+        original = {"input_ids": item.input_ids, "response_start": half}
+        deleted = {"input_ids": item.input_ids[: half - 1] + item.input_ids[half:], "response_start": half - 1}
+        return {"id": item.id, "original": original, "counterfactuals": [deleted]}  # type: ignore[typeddict-item]
+
+    return [group(half_response(length, vocab, n)) for n in range(count)]
