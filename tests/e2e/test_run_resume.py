@@ -56,7 +56,7 @@ def test_kill_and_resume_equals_an_uninterrupted_run(
 ) -> None:
     monkeypatch.setattr(tables, "SHARD_UNITS", 2)
     data = write_rows(tmp_path / "rows.jsonl", word_problems(5))
-    options = {**pair, "data": data, "select": "all", "verify": "none"}
+    options = {**pair, "data": data, "select": "all", "verify": "none", "max_tokens": 140}  # two rows a pack
     stages = ("select", "score", "prune")
 
     def config(name: str) -> RunConfig:
@@ -67,7 +67,9 @@ def test_kill_and_resume_equals_an_uninterrupted_run(
     run_stages(killed, ("select",) if table.startswith("score") else ("select", "score"))
     argv = [table.split("-")[0], "--output", killed.output]
     argv += (
-        [flag for role in pair for flag in (f"--{role}", pair[role])] if argv[0] == "score" else ["--verify", "none"]
+        [*(flag for role in pair for flag in (f"--{role}", pair[role])), "--max-tokens", "140"]
+        if argv[0] == "score"
+        else ["--verify", "none"]
     )
     done = subprocess.run([sys.executable, "-c", KILLED, table, *argv], capture_output=True, text=True, check=False)
     assert done.returncode == -signal.SIGKILL, done.stderr
