@@ -245,7 +245,7 @@ def activation_bytes_per_token(model: PreTrainedModel) -> float:
         storage = tensor.untyped_storage()
         if storage._cdata not in weights:
             kept[storage._cdata] = storage.nbytes()
-        return tensor
+        return tensor.detach()  # itself, it would hold the graph that holds it, and with it the weights
 
     inputs = _few_tokens(model, 64)
     embeddings = model.get_input_embeddings()(inputs.pop("input_ids")).detach().requires_grad_()

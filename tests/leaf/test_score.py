@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import math
+import weakref
 
 import pytest
 import tiny
@@ -250,6 +252,16 @@ def test_a_model_is_left_as_it_was_but_for_its_mode(arch: str):
     scorer(SAMPLES)
     assert {name: vars(module).keys() for name, module in model.named_modules()} == before
     assert not any(module.training or module._forward_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("checkpointing", [None, True])
+def test_nothing_of_a_model_outlives_it(checkpointing: bool | None):
+    model = tiny.model(tiny.tokenizer(), layers=3)
+    parameters = [weakref.ref(p) for p in model.parameters()]
+    list(sensitivities(model, SAMPLES, max_tokens=64, activation_checkpointing=checkpointing))
+    del model
+    gc.collect()
+    assert not any(p() is not None for p in parameters)
 
 
 def test_checkpoints_drop_nothing_out():
