@@ -36,14 +36,14 @@ def default_chunk_rows(vocab: int, dim: int, dtype: torch.dtype, triton: bool, d
 
     A chunk costs a pass over dW ([V, D], where it is wanted), for which its rows have to pay. With kernels: as many rows as
     SCRATCH holds (logits of both models, a gradient of 16 bits), at most 4096. In plain torch (four buffers of logits, five
-    for a jsd with a softcap): scratch as large as dW, but at least 128 MiB; 32 MiB without dW.
+    for a jsd with a softcap): scratch as large as dW, but at least 128 MiB; 64 MiB without dW.
     """
     itemsize = accumulator_dtype(dtype).itemsize
     if triton:
         row_bytes, scratch = vocab * (2 * itemsize + dtype.itemsize), SCRATCH
     else:
         row_bytes = vocab * 4 * itemsize
-        scratch = min(max(vocab * dim * itemsize, 2**27), SCRATCH) if dweight else 2**25
+        scratch = min(max(vocab * dim * itemsize, 2**27), SCRATCH) if dweight else 2**26
     rows = min(scratch // row_bytes, MOST_ROWS)
     return max(rows // 128 * 128, min(rows, 64), 1)
 
