@@ -29,7 +29,6 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.timing import (
-    ROUNDS,
     Call,
     Deadline,
     environment,
@@ -435,12 +434,7 @@ def measure(case: Case, device: torch.device, deadline: Deadline, tuned: bool = 
                 "mode": mode,
                 "provider": name,
                 "tokens": tokens[name],
-                "ms": timing.median,
-                "p20_ms": timing.p20,
-                "p80_ms": timing.p80,
-                "samples": timing.samples,
-                "rounds": ROUNDS,
-                "aa_spread": spread,
+                **timing.columns(spread),
                 "gate": "passed",
                 **now,
             }

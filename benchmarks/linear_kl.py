@@ -40,12 +40,12 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.timing import (
-    ROUNDS,
     Call,
     Deadline,
     Row,
     environment,
     interleave,
+    line,
     parser,
     place,
     reason,
@@ -504,9 +504,7 @@ def measure(case: Case, device: torch.device, deadline: Deadline) -> Iterator[Ro
     for name in calls:
         row: Row = {**facts, "provider": name, **found[name], **now}
         if name in times:
-            median, p20, p80, samples = times[name]
-            row |= {"ms": median, "p20_ms": p20, "p80_ms": p80, "samples": samples, "rounds": ROUNDS}
-            row["aa_spread"] = spread
+            row |= times[name].columns(spread)
         yield row
 
 
@@ -517,15 +515,6 @@ def rooflines(rows: list[Row]) -> Iterator[str]:
         if speed and row.get("provider") == "leaf" and "ms" in row:
             floor = row["flop"] / speed / 1e9
             yield f"{row['case']}: floor {floor:.2f} ms, leaf {row['ms']:.2f} ms, {row['ms'] / floor:.2f}x"
-
-
-def line(verdict: Row) -> str:
-    head = f"{verdict['goal']:4}{verdict['case']}, {verdict['what']}: "
-    if verdict["passed"] is None:
-        return head + verdict["reason"]
-    bound = f"at {'most' if verdict['at_most'] else 'least'} {verdict['wanted']:.2f}"
-    word = "reached" if verdict["passed"] else "missed"
-    return f"{head}{verdict['value']:.2f}, wanted {bound}: {word}" + (", within noise" if verdict["noise"] else "")
 
 
 def run(

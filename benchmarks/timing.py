@@ -58,6 +58,11 @@ class Timing(NamedTuple):
     p80: float
     samples: int
 
+    def columns(self, spread: float) -> Row:
+        """Of a row of results; `spread` as `interleave` returns it."""
+        own = {"ms": self.median, "p20_ms": self.p20, "p80_ms": self.p80, "samples": self.samples}
+        return {**own, "rounds": ROUNDS, "aa_spread": spread}
+
 
 def interleave(calls: dict[str, Call], device: torch.device, deadline: Deadline) -> tuple[dict[str, Timing], float]:
     """Times of calls that take turns, so that clocks and heat treat them alike, and the A–A spread.
@@ -215,6 +220,16 @@ def reason(error: Exception) -> str:
     """Why something is absent, on one line."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0] if lines else ''}"[:300]
+
+
+def line(verdict: Row) -> str:
+    """Of a goal that bounds a value; `passed` is None where it was not measured, and `reason` says why."""
+    head = f"{verdict['goal']:4}{verdict['case']}, {verdict['what']}: "
+    if verdict["passed"] is None:
+        return head + verdict["reason"]
+    bound = f"at {'most' if verdict['at_most'] else 'least'} {verdict['wanted']:.2f}"
+    word = "reached" if verdict["passed"] else "missed"
+    return f"{head}{verdict['value']:.2f}, wanted {bound}: {word}" + (", within noise" if verdict["noise"] else "")
 
 
 def parser(description: str | None, cases: Iterable[str]) -> argparse.ArgumentParser:

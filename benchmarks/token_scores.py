@@ -28,12 +28,12 @@ from typing import NamedTuple
 import torch
 
 from benchmarks.timing import (
-    ROUNDS,
     Call,
     Deadline,
     Row,
     environment,
     interleave,
+    line,
     parser,
     place,
     reason,
@@ -43,10 +43,8 @@ from benchmarks.timing import (
 from leaf_kernels import FlaggedSpans, TokenScores, flag_tokens, flagged_spans, token_scores
 
 Q = 0.1
-NORM_ERROR, SCORE_ERROR = (
-    1e-5,
-    1e-4,
-)  # of a norm relative, of a score absolute; a sum of 8192 squares in fp32 stays below
+# Of a norm relative, of a score absolute; a sum of 8192 squares in fp32 stays below
+NORM_ERROR, SCORE_ERROR = 1e-5, 1e-4
 ORACLE_ROWS = 4096  # that are in fp64 at a time
 
 
@@ -264,8 +262,7 @@ def measure(case: Case, device: torch.device, deadline: Deadline) -> Iterator[Ro
     times, spread = interleave(named, device, deadline)
     now = state(device)
     for name, mode in calls:
-        median, p20, p80, samples = times[f"{name} {mode}"]
-        timing = {"ms": median, "p20_ms": p20, "p80_ms": p80, "samples": samples, "rounds": ROUNDS, "aa_spread": spread}
+        timing = times[f"{name} {mode}"].columns(spread)
         yield {**facts, "provider": name, "mode": mode, "gate": "passed", **found[name], **timing, **now}
 
 
@@ -277,15 +274,6 @@ def rooflines(rows: list[Row]) -> Iterator[str]:
             floor = row["bytes"] / speed / 1e6
             what = f"{row['case']}, {row['mode']}"
             yield f"{what}: floor {floor:.3f} ms, leaf {row['ms']:.3f} ms, {row['ms'] / floor:.2f}x"
-
-
-def line(verdict: Row) -> str:
-    head = f"{verdict['goal']:4}{verdict['case']}, {verdict['what']}: "
-    if verdict["passed"] is None:
-        return head + verdict["reason"]
-    bound = f"at {'most' if verdict['at_most'] else 'least'} {verdict['wanted']:.2f}"
-    word = "reached" if verdict["passed"] else "missed"
-    return f"{head}{verdict['value']:.2f}, wanted {bound}: {word}" + (", within noise" if verdict["noise"] else "")
 
 
 def run(

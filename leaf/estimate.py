@@ -26,6 +26,7 @@ from leaf_kernels.integrations.transformers import MassRecorder, check_model, pa
 from .config import RunConfig
 from .data import Sample, Skip
 from .devices import GIB, USABLE, Device, device_named
+from .loading import without_attention_dropout
 from .objective import distillation, head_of, hidden_states
 from .pack import Collator, Group
 from .sensitivity import Scorer, batches
@@ -84,9 +85,7 @@ def read_config(name: str) -> PreTrainedConfig:
             f"{name}: no config that transformers knows: give a folder with a config.json, that file, or a hub id ({error})"
         ) from error
     check_model(config)
-    for option in ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob"):
-        if getattr(config.get_text_config(), option, None):
-            setattr(config.get_text_config(), option, 0.0)  # as `Run.load`
+    without_attention_dropout(config)
     return config
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from accelerate import PartialState
-from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .config import RunConfig
@@ -79,10 +79,8 @@ def load_model(
         shard: each decoder layer is divided among the ranks, all of which call this and then run the model in step.
     """
     config = AutoConfig.from_pretrained(name)
-    for option in ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob"):
-        if getattr(config.get_text_config(), option, None):
-            say(f"{name}: {option} is set to 0")
-            setattr(config.get_text_config(), option, 0.0)
+    for option in without_attention_dropout(config):
+        say(f"{name}: {option} is set to 0")
     options: dict[str, Any] = {"config": config, "dtype": dtype}
     if quantization == "8bit":
         options["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
@@ -97,6 +95,16 @@ def load_model(
         return AutoModelForCausalLM.from_pretrained(name, **options)
 
     return _load_sharded(load, device) if shard else load().to(device)
+
+
+def without_attention_dropout(config: PreTrainedConfig) -> list[str]:
+    """Sets attention dropout to 0: packed attention has none. Returns the names of the options that were not 0."""
+    text = config.get_text_config()
+    names = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob")
+    changed = [name for name in names if getattr(text, name, None)]
+    for name in changed:
+        setattr(text, name, 0.0)
+    return changed
 
 
 def decoder_layers(model: PreTrainedModel) -> list[Any]:

@@ -25,10 +25,8 @@ import pyarrow.parquet as pq
 
 MANIFEST = "manifest.json"
 SHARD_UNITS = 256  # what a killed stage loses at most
-SHARD_SIZE, SHARDS = (
-    2**17,
-    64,
-)  # the same where units have sizes, but at least so many shards: a small table can be dealt out
+# The same where units have sizes. A smaller table is cut into so many shards that it can still be dealt out.
+SHARD_SIZE, SHARDS = 2**17, 64
 _FACTS = b"leaf"  # what a shard says of itself, in its Parquet metadata
 _SAMPLES, _SAMPLE_BYTES = 16, 4096
 
@@ -174,10 +172,14 @@ def write_table(
         collections.deque(produced, maxlen=0)
     if rank != 0:
         return None
-    others = [file for n, file in enumerate(files) if n not in mine]
-    wait_until(
-        lambda: all(map(_is_whole, others)), f"{folder.name}: waiting for the shards of the other processes", log
-    )
+    awaited = [file for n, file in enumerate(files) if n not in mine]
+
+    def arrived() -> bool:
+        while awaited and _is_whole(awaited[-1]):  # each is read to its end once
+            awaited.pop()
+        return not awaited
+
+    wait_until(arrived, f"{folder.name}: waiting for the shards of the other processes", log)
     manifest: dict[str, Any] = {"key": _plain(key), "shards": [_facts(file) for file in files]}
     _write_manifest(folder, manifest | {"counts": _counts(manifest)})
     _remove_others(folder, manifest)
