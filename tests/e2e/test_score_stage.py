@@ -17,6 +17,7 @@ from small import Said, word_problems, write_rows
 import leaf.run
 from leaf import cli, sensitivity
 from leaf.config import RunConfig
+from leaf.demo.comparison import one_thread
 from leaf.run import Run, run_stages
 from leaf.stages import encoded, selected_rows
 from leaf.tables import open_table
@@ -78,15 +79,6 @@ def whole(pair: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> dic
     lengths = [len(row["input_ids"]) for row in open_table(f"{options.output}/score")]
     assert len(open_table(f"{options.output}/score-teacher").manifest["shards"]) >= 6, lengths
     return contents(options.output)
-
-
-class one_thread:
-    def __enter__(self) -> None:
-        self.before = torch.get_num_threads()
-        torch.set_num_threads(1)
-
-    def __exit__(self, *_: object) -> None:
-        torch.set_num_threads(self.before)
 
 
 @pytest.mark.parametrize("ranks", [2, pytest.param(3, marks=pytest.mark.slow)])
