@@ -12,7 +12,8 @@ kept apart depends on the kernel, which is asked once:
 
 A verdict is not forged by accident: exiting early, printing, or catching exceptions does not pass. Tests and program share
 an interpreter, so one written to cheat can: it can find the token that reports success on the stack, or return objects
-that equal everything. Kernel bugs are not guarded against either. Against hostile code use a virtual machine.
+that equal everything. Kernel bugs are not guarded against either. A caller that is killed leaves its folder
+`leaf-sandbox-…` in the temporary directory. Against hostile code use a virtual machine.
 """
 
 from __future__ import annotations

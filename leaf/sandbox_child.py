@@ -160,8 +160,9 @@ def build_root(folder: str) -> None:
     libraries = ["/usr", "/lib", "/lib64", "/etc/ld.so.cache", sys.base_prefix, sys.base_exec_prefix]
     for path in filter(os.path.exists, dict.fromkeys(libraries)):
         target = bind(path, folder)
-        kept = os.statvfs(target).f_flag & MS_NOEXEC  # a flag of the original may not be taken away
-        mount(None, target, None, MS_REMOUNT | MS_BIND | MS_RDONLY | MS_NOSUID | MS_NODEV | kept)
+        for point in mounts_in(target):  # one by one: what is mounted below a folder is not made read-only with it
+            kept = os.statvfs(point).f_flag & MS_NOEXEC  # a flag of the original may not be taken away
+            mount(None, point, None, MS_REMOUNT | MS_BIND | MS_RDONLY | MS_NOSUID | MS_NODEV | kept)
     bind(os.devnull, folder)
 
 
@@ -172,6 +173,13 @@ def bind(path: str, folder: str) -> str:
         open(target, "x").close()
     mount(path, target, None, MS_BIND | MS_REC)
     return target
+
+
+def mounts_in(path: str) -> list[str]:
+    """`path` and the mount points below it."""
+    with open("/proc/self/mountinfo") as file:
+        points = {re.sub(r"\\(\d{3})", lambda octal: chr(int(octal[1], 8)), line.split()[4]) for line in file}
+    return [path, *(point for point in sorted(points) if point.startswith(path + "/"))]
 
 
 def mount(source: str | None, target: str, kind: str | None, flags: int, options: bytes | None = None) -> None:

@@ -392,3 +392,23 @@ def test_fewer_walls_are_told(monkeypatch: pytest.MonkeyPatch, caplog: pytest.Lo
     assert [record.getMessage() for record in caplog.records] == [
         "generated code is kept apart by limits and its user alone: namespaces: unshare: not permitted"
     ]
+
+
+MOUNTED = """
+import sandbox, sys
+for attempt in ("pass", f"open({sys.argv[1] + '/left'!r}, 'w')"):
+    code = f"import os; assert os.path.ismount({sys.argv[1]!r}); {attempt}"
+    print(sandbox._run({"prompt": "", "code": code, "tests": ""}, "namespaces"))
+"""
+
+
+def test_what_is_mounted_among_the_interpreters_files_is_read_only_too(tmp_path: pathlib.Path) -> None:
+    place = next((path for path in ("/usr/src", "/usr/games", "/usr/local/games") if os.path.isdir(path)), "")
+    mount = ["unshare", "-m", "sh", "-c", 'mount -t tmpfs -o mode=777 leaf-test "$0" && exec "$@"', place]
+    if not shutil.which("unshare") or subprocess.run([*mount, "true"], capture_output=True, check=False).returncode:
+        pytest.skip("only who may mount can put something among the interpreter's files")
+    for name in ("sandbox.py", "sandbox_child.py"):
+        shutil.copy(pathlib.Path(sandbox.__file__).with_name(name), tmp_path)
+    driver = [sys.executable, "-B", "-c", MOUNTED, place]
+    done = subprocess.run([*mount, *driver], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.stdout.split() == ["True", "False"], done.stderr
