@@ -189,6 +189,38 @@ def gradient_sparsity(results: dict[str, Any]) -> str:
     return markdown(header, rows)
 
 
+def scoring_cpu(results: dict[str, Any]) -> str:
+    rows = []
+    for arm, medians in results["medians"].items():
+        own = results["ratios"][arm]
+        rows.append(
+            [arm, f"{medians['mib']:.0f}", f"{own['mib']:.2f}", f"{medians['seconds']:.1f}", f"{own['seconds']:.2f}"]
+        )
+    caption = f"Medians of {len(results['rounds'])} interleaved rounds; imports took {{:.0f}} MiB of every peak."
+    table = markdown(["", "peak, MiB", "of released", "seconds", "of released"], rows)
+    return f"{caption.format(results['medians']['ours']['imported_mib'])}\n\n{table}"
+
+
+def scoring_memory(results: dict[str, Any]) -> str:
+    model = results["model"]
+    rows = [
+        [
+            f"{row['tokens'] // 1024}k",
+            f"{row['ours'] / 2**20:.0f}",
+            f"{row['released'] / 2**20:.0f}" if "released" in row else "",
+        ]
+        for row in results["rows"]
+    ]
+    table = markdown(["tokens", "ours, MiB", "released, MiB"], rows)
+    hidden = model["hidden"] * 4  # bytes of a token's hidden state
+    checkpoints, all_of_it = results["checkpoint_bytes_per_token"] // hidden, results["bytes_per_token"] / hidden
+    return (
+        f"{table}\n\n{model['layers']} layers of {model['hidden']}, V = {model['vocabulary']}, a response of "
+        f"{model['response']} tokens. At the end of the table a token takes {all_of_it:.1f} hidden states: "
+        f"{checkpoints} are checkpoints, the rest is what one layer works with."
+    )
+
+
 def packing_case(case: dict[str, Any]) -> list[str]:
     level = "both levels" if case["level"] == "both" else f"{case['level']} level"
     count = "one" if case["counterfactuals"] == "1" else "all"
@@ -247,6 +279,10 @@ def documents() -> dict[Path, dict[str, str]]:
         docs / "linear_kl.md": {
             "cpu-linear-kl": cpu_linear_kl(load("linear_kl_cpu")),
             "gradient-sparsity": gradient_sparsity(load("gradient_sparsity")),
+        },
+        docs / "scoring.md": {
+            "scoring-cpu": scoring_cpu(load("scoring_cpu")),
+            "scoring-memory": scoring_memory(load("scoring_memory")),
         },
         docs / "gpu.md": {
             "gpu-attention": gpu_attention(),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -44,3 +45,12 @@ def test_long_rows_on_any_device() -> None:
         (160, "ours"), (160, "released"), (192, "ours"), (192, "released"),
     ]  # fmt: skip
     assert all(row["tokens_per_second"] > 0 for row in rows)
+
+
+def test_committed_figures_hold_what_is_promised() -> None:
+    result = json.loads((scoring.RESULTS / "scoring_cpu.json").read_text())
+    ratios = result["ratios"]
+    assert len(result["rounds"]) == scoring.ROUNDS
+    assert ratios["ours"]["mib"] <= 0.42
+    assert ratios["ours"]["seconds"] <= 0.44
+    assert all(ratios["ours"][name] < ratios["lean"][name] for name in ("mib", "seconds"))
