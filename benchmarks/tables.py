@@ -76,16 +76,25 @@ def detection(results: dict[str, Any]) -> str:
 
 def by_length(results: dict[str, Any]) -> str:
     """Every table of the long task, a column per length."""
-    minutes = statistics.mean(results["seconds"]["processor"]) / 60
+    minutes, training = statistics.mean(results["seconds"]["processor"]) / 60, results["training"]
     parts = [
         f"Mean ± sd over seeds {', '.join(map(str, results['seeds']))}, `leaf demo --task long`; a seed takes "
-        f"{minutes:.1f} minutes of one core."
+        f"{minutes:.1f} minutes of one core. Steps of training and validation rows then solved, seed by seed:",
+        markdown(
+            ["", "short prompts", "mixed prompts"],
+            [[role, *(trained(outcome, stage) for stage in ("short", "mixed"))] for role, outcome in training.items()],
+        ),
     ]
     for name, metrics in results["per_length"].items():
         header = [name.replace("_", " "), *(f"{length} tokens" for length in next(iter(metrics.values())))]
         rows = [[metric.replace("_", " "), *map(mean_sd, values.values())] for metric, values in metrics.items()]
         parts.append(markdown(header, rows))
     return "\n\n".join(parts)
+
+
+def trained(outcome: dict[str, list[float]], stage: str) -> str:
+    every = zip(outcome[f"{stage}_steps"], outcome[f"{stage}_solved"])
+    return ", ".join(f"{steps} ({share:.0%})" for steps, share in every)
 
 
 def long_readme(results: dict[str, Any]) -> str:
@@ -97,12 +106,11 @@ def long_readme(results: dict[str, Any]) -> str:
 
     lengths = list(results["per_length"]["instruction_level_detection"]["auroc"])
     return (
-        f"`leaf demo --task long` buries the same problems, with several signs, in up to {lengths[-1]} tokens, and "
-        f"measures detection only: from {lengths[0]} to {lengths[-1]} tokens the AUROC of misleading signs goes "
-        f"{between('instruction', 'auroc_misleading')} (the student's gradient alone: "
-        f"{between('instruction', 'auroc_student_gradient_misleading')}), of one in the response "
-        f"{between('response', 'auroc_misleading')} (mean of {len(results['seeds'])} seeds; how well the models themselves "
-        "master long prompts varies much with the seed)."
+        f"`leaf demo --task long` buries the same problems among up to {lengths[-1]} tokens, with several signs, and measures "
+        f"detection only. From {lengths[0]} to {lengths[-1]} tokens the AUROC of misleading signs goes "
+        f"{between('instruction', 'auroc_misleading')}, by the student's gradient alone "
+        f"{between('instruction', 'auroc_student_gradient_misleading')}; that of a sign in the response "
+        f"{between('response', 'auroc_misleading')} (mean of {len(results['seeds'])} seeds)."
     )
 
 

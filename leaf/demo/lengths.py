@@ -30,10 +30,11 @@ from ..sensitivity import batches
 from .comparison import clock, encode, mean_sd, one_thread, read, rounded, stack, write_json
 from .detection import Found, find, marked, totals
 from .long import LEVELS, SIGNS, make_row, make_rows, shortest
-from .models import STUDENT_HIDDEN, TEACHER_HIDDEN, Track, constant, cosine, make_model, train
+from .models import STUDENT_HIDDEN, TEACHER_HIDDEN, Track, constant, make_model, train
 from .task import MAX_NUMBER, TEST_SETS, Row, drop_words, make_tokenizer
 
 MAX_TOKENS = 16384  # of a pack
+CHECK_EVERY, VALIDATION_ROWS, LEARNT = 25, 32, 0.9  # steps, rows, share of them solved
 SHOWN_ROWS = 4  # of each level and length, in the report
 # Rotations this slow blur content little over thousands of tokens; at the default of 1e4 long prompts are learnt later.
 ROPE = {"rope_type": "default", "rope_theta": 1e6}
@@ -45,13 +46,14 @@ class Recipe:
     """Sizes. The models learn to compute on short prompts, then to find the facts in long ones.
 
     A step holds 64 short rows; a mixed one 12 short rows, two of `medium` and one of `long` tokens (drawn between bounds).
+    Either stage ends once 9 of 10 validation rows of its longest prompts are solved: how many steps that takes varies much
+    with the seed.
     """
 
     seeds: tuple[int, ...] = (0,)
     lengths: tuple[int, ...] = (50, 500, 1000, 2000)
     rows: int = 16  # of each level, length and test set
-    teacher_steps: tuple[int, int] = (300, 200)  # short, mixed
-    student_steps: tuple[int, int] = (200, 200)
+    max_steps: int = 600  # of a stage
     short: tuple[int, int] = (24, 40)
     medium: tuple[int, int] = (200, 500)
     long: tuple[int, int] = (1000, 2000)
@@ -101,29 +103,26 @@ def solved(model: PreTrainedModel, items: Sequence[Tokens]) -> list[bool]:
 
 def train_model(
     tokenizer: PreTrainedTokenizerBase, role: str, seed: int, recipe: Recipe, track: Track
-) -> LlamaForCausalLM:
-    """The teacher or the biased student.
+) -> tuple[LlamaForCausalLM, dict[str, float]]:
+    """The teacher or the biased student, and for each stage of its training the steps and the share of rows then solved.
 
     The teacher sees up to three signs that tell it nothing, and in mixed steps half of its rows lack words (before that it
     would learn to compute more slowly). The student's signs are always right.
     """
     teacher = role == "teacher"
-    rng = random.Random(f"long/{role}/{seed}")
-    short_steps, mixed_steps = recipe.teacher_steps if teacher else recipe.student_steps
-    steps = short_steps + mixed_steps
 
-    def row(bounds: tuple[int, int], fewer_words: bool) -> Row:
+    def row(rng: random.Random, bounds: tuple[int, int]) -> Row:
         level, signs = rng.choice(LEVELS), rng.randint(0, SIGNS) if teacher else SIGNS
         length = max(rng.randint(*bounds), shortest(level, signs))
         rho = 1 / (MAX_NUMBER + 1) if teacher else 1.0
-        made = make_row(rng, role, length=length, level=level, rho=rho, signs=signs)
-        return with_words_missing(made, rng) if fewer_words and rng.random() < 0.5 else made
+        return make_row(rng, role, length=length, level=level, rho=rho, signs=signs)
 
-    def rows() -> Iterator[list[Tokens]]:
-        for step in range(steps):
-            mixed = step >= short_steps
-            plan = [recipe.short] * 12 + [recipe.medium] * 2 + [recipe.long] if mixed else [recipe.short] * 64
-            yield tokens(tokenizer, [row(bounds, teacher and mixed) for bounds in plan])
+    def draw(rng: random.Random, plan: Sequence[tuple[int, int]], fewer_words: bool) -> Iterator[list[Tokens]]:
+        for _ in range(recipe.max_steps):
+            rows = [row(rng, bounds) for bounds in plan]
+            if fewer_words:
+                rows = [with_words_missing(one, rng) if rng.random() < 0.5 else one for one in rows]
+            yield tokens(tokenizer, rows)
 
     register()
     model = make_model(
@@ -134,16 +133,28 @@ def train_model(
         rope_parameters=ROPE,
     )
     model.set_attn_implementation(NAME)
-    training = train(
-        model,
-        rows(),
-        predict,
-        learning_rate=(lambda step: cosine(step, steps)) if teacher else constant,
-        label_smoothing=0.05 if teacher else 0.0,
-    )
-    for _ in track(training, steps, f"seed {seed}: {role}"):
-        pass
-    return model.eval()
+    stages = {
+        "short": [recipe.short] * 64,
+        "mixed": [recipe.short] * 12 + [recipe.medium] * 2 + [recipe.long],
+    }
+    outcome: dict[str, float] = {}
+    for stage, plan in stages.items():
+        rng, other = (random.Random(f"long/{role}/{stage}/{seed}/{use}") for use in ("training", "validation"))
+        longest = max(bounds[1] for bounds in plan)
+        validation = tokens(tokenizer, [row(other, (longest, longest)) for _ in range(VALIDATION_ROWS)])
+        training = train(
+            model,
+            draw(rng, plan, teacher and stage == "mixed"),
+            predict,
+            learning_rate=constant,
+            label_smoothing=0.05 if teacher else 0.0,
+        )
+        for step in track(training, recipe.max_steps, f"seed {seed}: {role}, {stage} prompts"):
+            if step % CHECK_EVERY == 0 or step == recipe.max_steps:
+                outcome |= {f"{stage}_steps": step, f"{stage}_solved": _share(solved(model, validation))}
+                if outcome[f"{stage}_solved"] >= LEARNT:
+                    break
+    return model.eval(), outcome
 
 
 def with_words_missing(row: Row, rng: random.Random) -> Row:
@@ -217,10 +228,14 @@ def run_seed(recipe: Recipe, seed: int, ui: Ui) -> tuple[dict[str, Any], dict[st
     shown: dict[str, Any] = {"scores": [], "counterfactuals": []}
     with clock(seconds, "total"):
         tokenizer = make_tokenizer()
-        encoder, models = Encoder(tokenizer), {}
+        encoder, models, training = Encoder(tokenizer), {}, {}
         for role in ("teacher", "student"):
             with clock(seconds, role):
-                models[role] = train_model(tokenizer, role, seed, recipe, ui.track)
+                models[role], training[role] = train_model(tokenizer, role, seed, recipe, ui.track)
+            for stage in ("short", "mixed"):
+                steps, share = (training[role][f"{stage}_{name}"] for name in ("steps", "solved"))
+                missed = "" if share >= LEARNT else f", fewer than the {LEARNT:.0%} wanted"
+                ui.say(f"seed {seed}, {role}, {stage} prompts: {share:.0%} solved after {steps} steps{missed}")
         for level in LEVELS:
             for length in recipe.lengths:
                 with clock(seconds, "measure"):
@@ -234,7 +249,7 @@ def run_seed(recipe: Recipe, seed: int, ui: Ui) -> tuple[dict[str, Any], dict[st
                 told = {"AUROC": cell.detection["auroc"], **{name: cell.accuracy[name] for name in names}}
                 text = ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in told.items())
                 ui.say(f"seed {seed}, {level} level, {length} tokens: {text}")
-    return rounded({"seed": seed, "per_length": per_length, "seconds": dict(seconds)}), shown
+    return rounded({"seed": seed, "training": training, "per_length": per_length, "seconds": dict(seconds)}), shown
 
 
 def summarise(measured: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -256,7 +271,8 @@ def run(
         ui: where progress goes; nowhere if None.
 
     Returns:
-        The content of `results.json`: `per_length` {table: {metric: {length: [per seed]}}} and `seconds`.
+        The content of `results.json`: `training` {model: {what: [per seed]}}, `per_length` {table: {metric: {length: [per
+        seed]}}} and `seconds`.
     """
     ui, folder = ui or Silent(), Path(output_dir)
     measured: list[dict[str, Any]] = []

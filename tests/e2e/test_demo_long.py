@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import random
@@ -26,7 +27,7 @@ from leaf_kernels.integrations.transformers import NAME, register
 
 COMMITTED = Path(__file__).parents[2] / "benchmarks" / "results" / "demo" / "long.json"
 
-TINY = Recipe(lengths=(50, 200), rows=2, teacher_steps=(2, 1), student_steps=(2, 1), medium=(60, 80), long=(150, 200))
+TINY = Recipe(lengths=(50, 200), rows=2, max_steps=2, medium=(60, 80), long=(150, 200))
 SPANS = ("confounders", "operands")
 
 
@@ -237,10 +238,38 @@ def test_words_missing() -> None:
     assert full - 5 <= min(steps) < max(steps) <= full
 
 
+def test_a_stage_ends_where_its_validation_rows_are_solved(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The third check of the first stage and the first of the second; validation rows are as long as the stage's longest."""
+    shares = iter([0.5, 0.89, 0.9, 1.0])
+    checked: list[set[int]] = []
+
+    def solved(model: Any, items: list[Tokens]) -> list[bool]:
+        checked.append({one.response_start for one in items})
+        right = round(next(shares) * 100)
+        return [True] * right + [False] * (100 - right)
+
+    monkeypatch.setattr(lengths, "CHECK_EVERY", 2)
+    monkeypatch.setattr(lengths, "solved", solved)
+    recipe = dataclasses.replace(TINY, max_steps=9)
+    said: list[str] = []
+
+    def track(items: Any, total: int, description: str) -> Any:
+        said.append(f"{description}, at most {total}")
+        return items
+
+    _, outcome = lengths.train_model(make_tokenizer(), "student", 3, recipe, track)
+    assert outcome == {"short_steps": 6, "short_solved": 0.9, "mixed_steps": 2, "mixed_solved": 1.0}
+    assert all(min(length) == 40 for length in checked[:3])
+    assert min(checked[3]) == 200
+    assert said == ["seed 3: student, short prompts, at most 9", "seed 3: student, mixed prompts, at most 9"]
+
+
 def test_run(tmp_path: Path) -> None:
     results = lengths.run(tmp_path, recipe=TINY, seeds=(3,))
     assert json.loads((tmp_path / "results.json").read_text()) == results
     assert results["seeds"] == [3]
+    once = {"short_steps": [2], "short_solved": [0.0], "mixed_steps": [2], "mixed_solved": [0.0]}
+    assert results["training"] == {"teacher": once, "student": once}
     parts = [f"{level}_level_{part}" for level in LEVELS for part in ("detection", "accuracy")]
     assert list(results["per_length"]) == parts
     for part, metrics in results["per_length"].items():
@@ -262,7 +291,9 @@ def test_run(tmp_path: Path) -> None:
 
 
 def test_seeds_are_put_together() -> None:
-    one, two = ({"seed": n, "per_length": {"d": {"auroc": {"50": n / 10}}}, "seconds": {}} for n in (1, 2))
+    one, two = (
+        {"seed": n, "training": {}, "per_length": {"d": {"auroc": {"50": n / 10}}}, "seconds": {}} for n in (1, 2)
+    )
     together = lengths.summarise([one, two])
     assert together["seeds"] == [1, 2]
     assert together["per_length"] == {"d": {"auroc": {"50": [0.1, 0.2]}}}
