@@ -3,9 +3,9 @@
     LEAF_KERNELS_PRECOMPILE="sm_80;sm_90;sm_100" pip wheel . --no-deps --no-build-isolation      # setup.py runs this module
     python -m leaf_kernels.precompile sm_90 --output FOLDER
 
-Public functions run on tensors without values, so tiles, flags, signatures and alignments are those of a launch on a GPU, and
-Triton computes the keys. No length enters a key: a pack's tokens and segments, a chunk's rows and hidden sizes are not
-specialised on, or only on being multiples of 16. What does is the list below; all else is compiled at first use.
+Public functions run on tensors without values: tiles, flags, signatures and alignments are those of a launch on a GPU, and
+Triton computes the keys. No length enters a key: on tokens, segments and rows no kernel is specialised, and on widths only
+as being multiples of 16. What does enter is in the list below; all else is compiled at first use.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import itertools
 import json
 import multiprocessing
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from functools import partial
@@ -132,26 +132,24 @@ def launched_for(arch: str) -> Iterator[list[Any]]:
         yield kernels
 
 
-def precompile(arch: str, folder: Path, calls: Iterable[Call]) -> int:
-    """Puts what `calls` launch on `arch` into `folder`, as `_runtime.precompiled` reads it. Returns the number of kernels."""
+def precompile(arch: str, folder: Path, call: Call) -> None:
+    """Puts what `call` launches on `arch` into `folder`, as `_runtime.precompiled` reads it."""
     with launched_for(arch) as kernels:
-        for call in calls:
-            call(999, "cpu")
+        call(999, "cpu")
     for kernel in kernels:
         # Of the group of files in Triton's cache a launch reads these two; its folder's name is the key
         for path in map(Path, kernel.metadata_group.values()):
             if path.suffix in (".json", ".cubin"):
                 (folder / path.parent.name).mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(path, folder / path.parent.name / path.name)
-    return len(kernels)
 
 
-def write_manifest(folder: Path, architectures: Sequence[str], kernels: int) -> None:
+def write_manifest(folder: Path, architectures: Sequence[str]) -> None:
     import triton
 
     manifest = {
         "architectures": list(architectures),
-        "kernels": kernels,
+        "kernels": sum(path.is_dir() for path in folder.iterdir()),
         "sources": sources(),
         "triton": triton.__version__,
         "triton_build": triton_build(),
@@ -161,17 +159,21 @@ def write_manifest(folder: Path, architectures: Sequence[str], kernels: int) -> 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("architectures", nargs="+", choices=list(CAPABILITY), metavar="ARCH", help=", ".join(CAPABILITY))
+    parser.add_argument(
+        "architectures", nargs="+", choices=list(CAPABILITY), metavar="ARCH", help=", ".join(CAPABILITY)
+    )
     parser.add_argument("--output", type=Path, default=FOLDER, help="default: where this installation looks for them")
     arguments = parser.parse_args()
-    calls = [call for _, call in shipped_calls()]
-    # A process for each architecture, as far as there are cores; a fresh one, because threads of torch do not survive a fork
+    folder = arguments.output
+    # Fresh processes: threads of torch do not survive a fork
     with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
-        done = [pool.submit(precompile, arch, arguments.output, calls) for arch in arguments.architectures]
-        kernels = sum(future.result() for future in done)
-    write_manifest(arguments.output, arguments.architectures, kernels)
-    size = sum(path.stat().st_size for path in arguments.output.rglob("*") if path.is_file())
-    print(f"{arguments.output}: {kernels} kernels, {size / 2**20:.1f} MiB")  # noqa: T201  # a command
+        tasks = itertools.product(arguments.architectures, shipped_calls())
+        done = [pool.submit(precompile, arch, folder, call) for arch, (_, call) in tasks]
+        for future in done:
+            future.result()
+    write_manifest(folder, arguments.architectures)
+    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    print(f"{folder}: {size / 2**20:.1f} MiB of kernels")  # noqa: T201  # a command
 
 
 if __name__ == "__main__":

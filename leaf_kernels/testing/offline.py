@@ -90,7 +90,7 @@ class _Pointer:
 
     def __init__(self, tensor: torch.Tensor) -> None:
         self.dtype = tensor.dtype
-        self.address = tensor.storage_offset() * tensor.itemsize
+        self.address = int(tensor.storage_offset()) * tensor.itemsize
 
     def data_ptr(self) -> int:
         return self.address
