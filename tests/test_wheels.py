@@ -43,10 +43,14 @@ def count(calls, sizes):
 """
 
 
-def python(code: str, *arguments: str, executable: str | Path = sys.executable, **environment: str) -> Any:
-    """What the program printed last, as JSON. It runs without Triton's interpreter unless told otherwise."""
+def python(code: str, *arguments: str, executable: Path | None = None, **environment: str) -> Any:
+    """What the program printed last, as JSON. It runs without Triton's interpreter unless told otherwise.
+
+    executable: of another environment, whose packages alone count. None: this one, with this checkout.
+    """
+    interpreter = [sys.executable] if executable is None else [str(executable), "-I"]
     done = subprocess.run(
-        [str(executable), "-W", "ignore", "-c", code, *arguments],
+        [*interpreter, "-W", "ignore", "-c", code, *arguments],
         capture_output=True,
         text=True,
         env={**os.environ, "TRITON_INTERPRET": "0", **environment},
@@ -225,7 +229,7 @@ def environment(folder: Path, wheel: Path) -> Path:
     """The interpreter of a new environment with that wheel in it and nothing else."""
     venv.create(folder, with_pip=True)
     executable = folder / "bin" / "python"
-    subprocess.run([str(executable), "-m", "pip", "install", "-q", "--no-deps", str(wheel)], check=True)
+    subprocess.run([str(executable), "-I", "-m", "pip", "install", "-q", "--no-deps", str(wheel)], check=True)
     return executable
 
 
