@@ -110,36 +110,66 @@ def test_without_torch_or_triton_it_says_what_to_install(monkeypatch):
 # -- keys ------------------------------------------------------------------------------------------------------------
 
 
-def test_no_length_enters_a_key():
-    """A kernel of each kind, on packs and chunks of any length: a hook sees what would be compiled, and refuses it."""
-    keys = python("""
+@pytest.fixture(scope="module")
+def keys() -> dict[str, Any]:
+    """What kernels are specialised for: a hook sees what would be compiled, and refuses it."""
+    return python("""
 import json
+import torch
+from transformers import Qwen2Config
 from triton import knobs
+from leaf.trace import fake_model
+from leaf_kernels import SharedPrefixLayout, linear_kl
+from leaf_kernels.integrations.transformers import MassRecorder, packed_inputs, register
 from leaf_kernels.precompile import launched_for, shipped_calls
 
-wanted = ("attention of Qwen2.5-1.5B", "attention mass of Qwen2.5-1.5B", "jsd over 50257", "top-k over 50257", "scores")
-calls = [call for name, call in shipped_calls() if name.startswith(wanted)]
 found = {}
 
 def refuse(*, key, fn, **_):
-    found.setdefault(fn.name, set()).add(str(key))
+    found.setdefault(fn.name.rpartition(".")[2], set()).add(str(key))
     return True
 
 knobs.runtime.jit_cache_hook = refuse
+wanted = ("attention of Qwen2.5-1.5B", "attention mass of Qwen2.5-1.5B", "forward_kl", "top-k over 50257", "scores")
+calls = [call for name, call in shipped_calls() if name.startswith(wanted)]
 counts = []
-for tokens in (1, 16, 999, 5003):
+for tokens in (1, 16, 5003):
     with launched_for("sm_90"):
         for call in calls:
             call(tokens, "cpu")
-    counts.append({name.rpartition(".")[2]: len(keys) for name, keys in found.items()})
-print(json.dumps(counts))
+    counts.append({name: len(keys) for name, keys in found.items()})
+shipped = dict(found)
+
+found.clear()
+register()
+layout, ids = SharedPrefixLayout.from_groups([[range(400), [*range(200), *range(301, 500)]], [range(37)]])
+config = Qwen2Config(hidden_size=1536, intermediate_size=64, num_hidden_layers=1, num_attention_heads=12,
+                     num_key_value_heads=2, vocab_size=151936)
+with launched_for("sm_90"):
+    model = fake_model(config, torch.bfloat16).requires_grad_(True)
+    head = model.get_output_embeddings().weight
+    mass = MassRecorder(torch.ones(layout.num_tokens, dtype=torch.bool))
+    hidden = model.base_model(**packed_inputs(layout, ids), mass=mass).last_hidden_state[0]
+    linear_kl(hidden, head, hidden.detach(), head.detach()).loss.backward()
+missing = {name: len(keys - shipped[name]) for name, keys in found.items()}
+print(json.dumps({"counts": counts, "missing": missing}))
 """)
-    assert all(counts == keys[0] for counts in keys), keys
-    assert keys[0] == {
+
+
+def test_no_length_enters_a_key(keys):
+    first = keys["counts"][0]
+    assert all(counts == first for counts in keys["counts"]), keys
+    assert first == {
         "forward": 1, "row_terms": 1, "backward_q": 1, "backward_kv": 2, "denominators": 1, "column_sums": 1,
-        "divergence_rows": 2, "tail_rows": 2, "row_norms": 4, "segment_scores": 2, "flag_segments": 4, "count_runs": 1,
+        "divergence_rows": 4, "tail_rows": 2, "row_norms": 4, "segment_scores": 2, "flag_segments": 4, "count_runs": 1,
         "place_runs": 1,
     }  # fmt: skip
+
+
+def test_a_training_step_of_a_model_asks_for_what_is_shipped(keys):
+    """Through transformers: with its strides, its views and a shared prefix."""
+    names = ("forward", "row_terms", "backward_q", "backward_kv", "denominators", "column_sums", "divergence_rows")
+    assert keys["missing"] == dict.fromkeys(names, 0)
 
 
 # -- the layer in front of the cache ---------------------------------------------------------------------------------
