@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import json
 import os
@@ -14,10 +15,12 @@ import venv
 import zipfile
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
+import torch
 
-from leaf_kernels._runtime import precompiled
+from leaf_kernels._runtime import launch, precompiled
 
 ROOT = Path(__file__).parents[1]
 pytest.importorskip("triton", reason="compiles kernels")
@@ -220,6 +223,18 @@ def test_other_kernels_get_the_manager_that_was_there(carried):
     knobs.cache.override_dir = knobs.cache.dump_dir = knobs.cache.dir
     assert type(knobs.cache.manager_class("ABC", dump=True)) is Mine, "the key of a dump is another one"
     assert type(knobs.cache.manager_class("ABC", override=True)) is Mine
+
+
+def test_a_launch_on_a_gpu_looks_there_first(monkeypatch):
+    order = []
+    kernel = mock.MagicMock()
+    kernel.__getitem__.return_value.side_effect = lambda *_, **__: order.append("launched")
+    monkeypatch.setattr(launch, "serve_precompiled", lambda: order.append("looked"))
+    monkeypatch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
+    launch.launch(kernel, 1, mock.MagicMock(spec=torch.Tensor, device=torch.device("cuda", 0)))
+    assert order == ["looked", "launched"]
+    launch.launch(kernel, 1, torch.zeros(1))
+    assert order[2:] == ["launched"], "the interpreter compiles nothing"
 
 
 def test_nothing_is_touched_where_nothing_is_carried(carried, monkeypatch):
