@@ -110,6 +110,13 @@ def test_without_torch_or_triton_it_says_what_to_install(monkeypatch):
         runpy.run_path(str(ROOT / "setup.py"))
 
 
+def test_the_docs_say_what_was_built():
+    facts = json.loads((ROOT / "benchmarks" / "results" / "wheels" / "triton-3.9.0.json").read_text())
+    docs = (ROOT / "docs" / "wheels.md").read_text()
+    assert f"[{facts['kernels']} kernels, {facts['bytes'] / 2**20:.1f} MiB]" in docs
+    assert f"{facts['kernels']} for {', '.join(facts['architectures'])} and Triton {facts['triton']}\n" in docs
+
+
 # -- keys ------------------------------------------------------------------------------------------------------------
 
 
