@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import itertools
+import os
 import platform
+import shutil
+import sysconfig
 from collections import Counter
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from rich import box
 from rich.console import Console
 from rich.table import Table as Grid
 from rich.text import Text
+
+from leaf_kernels.testing import precompiled_kernels
 
 from . import sandbox
 from .config import RunConfig
@@ -58,6 +65,9 @@ def _environment() -> Grid:
         except importlib.metadata.PackageNotFoundError:
             version = "absent (optional)" if name in OPTIONAL else "absent"
         grid.add_row(name, version)
+    grid.add_row("compiled kernels", precompiled_kernels())
+    if triton := importlib.util.find_spec("triton"):
+        grid.add_row("C compiler", _c_compiler(Path(str(triton.origin)).parent))
     grid.add_row("cpu", f"{torch.get_num_threads()} threads")
     for n in range(torch.cuda.device_count()):
         gpu = torch.cuda.get_device_properties(n)
@@ -69,6 +79,21 @@ def _environment() -> Grid:
     except ValueError as error:
         grid.add_row("generated code", Text(f"--grader python is refused: {error}"))
     return grid
+
+
+def _c_compiler(triton: Path) -> Text:
+    """Whether there is what Triton compiles its launcher with on its first launch, in its own order of looking for it."""
+    if not (triton / "backends" / "nvidia" / "driver.c").exists():
+        return Text("not needed by this Triton")
+    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    header = Path(sysconfig.get_paths()["include"], "Python.h")
+    missing = [what for what, there in (("a C compiler", compiler), (str(header), header.exists())) if not there]
+    if missing:
+        remedy = "install gcc (or set CC) and Python's headers (python3-dev)"
+        return Text(
+            f"Triton needs one for its first launch on a GPU; missing: {' and '.join(missing)}. {remedy}", "yellow"
+        )
+    return Text(f"{compiler}, which Triton needs for its first launch on a GPU")
 
 
 def _pair(config: RunConfig, console: Console) -> list[str]:

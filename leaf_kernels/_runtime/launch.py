@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import torch
+
+from .precompiled import serve_precompiled
 
 
 def interpreted() -> bool:
@@ -16,26 +18,38 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")
 
 
-_shapes_only = False
+class StandIn(NamedTuple):
+    """What is there instead of a GPU."""
+
+    architecture: str
+    launch: Callable[..., object]  # (kernel, number of programs, arguments of the kernel)
+
+
+_stand_in: StandIn | None = None
 
 
 @contextlib.contextmanager
-def gpu_shapes() -> Iterator[None]:
+def instead_of_gpu(architecture: str, launch: Callable[..., object]) -> Iterator[None]:
+    """Inside, ops take every tensor for one on a GPU of that configuration table, and hand their launches to `launch`."""
+    global _stand_in
+    before, _stand_in = _stand_in, StandIn(architecture, launch)
+    try:
+        yield
+    finally:
+        _stand_in = before
+
+
+def gpu_shapes() -> contextlib.AbstractContextManager[None]:
     """Inside, ops on CPU tensors make the tensors that they would make on an H100, and launch nothing.
 
     Meant for fake tensors (`torch._subclasses.FakeTensorMode`), on machines without a GPU: results hold no values.
     """
-    global _shapes_only
-    _shapes_only = True
-    try:
-        yield
-    finally:
-        _shapes_only = False
+    return instead_of_gpu("sm_90", lambda *_, **__: None)
 
 
 def on_gpu(device: torch.device) -> bool:
-    """Whether kernels serve `device`, as they do on a GPU; without `gpu_shapes`, whether it is one."""
-    return device.type == "cuda" or _shapes_only
+    """Whether kernels serve `device`, as they do on a GPU; without a stand-in, whether it is one."""
+    return device.type == "cuda" or _stand_in is not None
 
 
 @functools.cache  # asked for several times in every call of an op
@@ -50,8 +64,8 @@ def architecture(device: torch.device) -> str:
     "sm_80" (A100: 163 KB of shared memory), "sm_90" (Hopper: 227 KB, wgmma), "sm_100" (data-centre Blackwell: 227 KB, tensor
     memory), "small" (99 KB: A10, L4, RTX 30 to 50, and every card that is not known), "interpreter" on a CPU.
     """
-    if _shapes_only:
-        return "sm_90"
+    if _stand_in is not None:
+        return _stand_in.architecture
     if device.type != "cuda":
         return "interpreter"
     major, minor = _capability(device)
@@ -64,12 +78,18 @@ def architecture(device: torch.device) -> str:
 
 def launch(kernel: Any, programs: int, *args: Any, **constants: Any) -> None:
     """Runs `kernel` on a one-dimensional grid (a grid's other axes end at 65 535) on the device of its first tensor."""
-    if _shapes_only:
+    if not programs:
+        return
+    # Triton's default for fused multiply-adds depends on its version and on an environment variable.
+    constants["enable_fp_fusion"] = True
+    if _stand_in is not None:
+        _stand_in.launch(kernel, programs, *args, **constants)
         return
     device = next(a.device for a in args if isinstance(a, torch.Tensor))
+    if device.type != "cuda":
+        kernel[(programs,)](*args, **constants)
+        return
+    serve_precompiled()
     # Triton launches on the current device, whatever device the tensors are on.
-    guard = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
-    if programs:
-        with guard:
-            # Triton's default for fused multiply-adds depends on its version and on an environment variable.
-            kernel[(programs,)](*args, **constants, enable_fp_fusion=True)
+    with torch.cuda.device(device):
+        kernel[(programs,)](*args, **constants)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .._runtime.launch import gpu_shapes
+from .._runtime.precompiled import precompiled_kernels
 from .allocations import AllocationRecorder, record_allocations, record_peak_bytes
 from .attention import AttentionResult, attention_in_chunks
 from .budget import assert_close_to_fp64
@@ -22,6 +23,7 @@ __all__ = [
     "gpu_shapes",
     "guarded_outputs",
     "pairwise",
+    "precompiled_kernels",
     "pruned_groups",
     "ragged_lengths",
     "ragged_starts",

@@ -12,6 +12,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
+import torch
+
+from .._runtime.launch import instead_of_gpu
+
 CAPABILITY = {"sm_80": 80, "sm_86": 86, "sm_89": 89, "sm_90": 90, "sm_100": 100, "sm_120": 120}
 # Shared memory that one block may have, bytes
 SHARED_LIMIT = {"sm_80": 166912, "sm_86": 101376, "sm_89": 101376, "sm_90": 232448, "sm_100": 232448, "sm_120": 101376}
@@ -31,51 +35,65 @@ class Compiled(NamedTuple):
 
 @contextmanager
 def compile_offline(arch: str) -> Iterator[list[Compiled]]:
-    """Inside, kernels launched on tensors of device "meta" are compiled for `arch` instead of run; the list collects them.
+    """Inside, kernels are compiled for `arch` instead of run; on exit, the list holds what became of them.
 
-    Needs no GPU and no CUDA toolkit: Triton brings its assembler and disassembler. Triton must not run in its interpreter.
+    Ops take every tensor for one on that GPU: call operators' launchers on tensors of device "meta", or public functions on
+    fake CPU tensors. Needs no GPU and no CUDA toolkit: Triton brings its assembler and disassembler. Triton must not run in
+    its interpreter.
     """
-    import triton
+    compiled: list[Compiled] = []
+    with compile_instead(arch) as kernels:
+        yield compiled
+        compiled.extend(map(_inspect, kernels))
+
+
+@contextmanager
+def compile_instead(arch: str) -> Iterator[list[Any]]:
+    """As `compile_offline`; the list gets what Triton returns, a kernel once, None where a hook kept it from compiling."""
+    from triton import knobs
     from triton.backends.compiler import GPUTarget
     from triton.runtime import driver
-    from triton.runtime.jit import KernelInterface
 
     if arch not in CAPABILITY:
         raise ValueError(f"compile_offline: arch must be one of {', '.join(CAPABILITY)}, got {arch!r}")
-    if triton.knobs.runtime.interpret:
+    if knobs.runtime.interpret:
         raise RuntimeError(
             "compile_offline: Triton runs in its interpreter here; start the process without TRITON_INTERPRET=1"
         )
-    compiled: list[Compiled] = []
+    kernels: list[Any] = []
     seen: set[int] = set()
 
-    def compile_instead(kernel: Any, grid: Any) -> Any:
-        def run(*args: Any, **kwargs: Any) -> None:
-            result = kernel.warmup(*args, grid=grid, **kwargs)
-            if id(result) not in seen:
-                seen.add(id(result))
-                compiled.append(_inspect(result))
-
-        return run
+    def compile_kernel(kernel: Any, programs: int, *args: Any, **constants: Any) -> None:
+        pointers = [_Pointer(a) if isinstance(a, torch.Tensor) else a for a in args]
+        result = kernel.warmup(*pointers, grid=(programs,), **constants)
+        if id(result) not in seen:
+            seen.add(id(result))
+            kernels.append(result)
 
     # Triton keeps compiled kernels by device: every call is one of its own.
     stand_in = mock.Mock()
-    stand_in.get_current_device.return_value = f"{arch} offline {id(compiled)}"
+    stand_in.get_current_device.return_value = f"{arch} offline {id(kernels)}"
     stand_in.get_current_stream.return_value = 0
     stand_in.get_current_target.return_value = GPUTarget("cuda", CAPABILITY[arch], 32)
     table = arch if arch in ("sm_80", "sm_90", "sm_100") else "small"
     previous = driver._active  # None where there is no GPU
     driver._active = stand_in
     try:
-        with (
-            mock.patch.object(KernelInterface, "__getitem__", compile_instead),
-            mock.patch("leaf_kernels.ops.pruned_attention.configs.architecture", return_value=table),
-            mock.patch("leaf_kernels.ops.linear_kl.rows_triton.architecture", return_value=table),
-            mock.patch("leaf_kernels.ops.token_scores.op.architecture", return_value=table),
-        ):
-            yield compiled
+        with instead_of_gpu(table, compile_kernel):
+            yield kernels
     finally:
         driver._active = previous
+
+
+class _Pointer:
+    """What a launch specialises on of a tensor: a torch allocator aligns storages, and views may begin anywhere."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.dtype = tensor.dtype
+        self.address = int(tensor.storage_offset()) * tensor.itemsize
+
+    def data_ptr(self) -> int:
+        return self.address
 
 
 def _inspect(kernel: Any) -> Compiled:

@@ -40,6 +40,21 @@ def test_the_machine_alone() -> None:
         assert name in shown
 
 
+def test_what_first_launches_need(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None:
+    pytest.importorskip("triton", reason="Triton launches kernels")
+    monkeypatch.setattr(doctor, "precompiled_kernels", lambda: "7 for sm_90")
+    monkeypatch.setenv("CC", "/opt/cc")
+    shown = check()[1]
+    assert "7 for sm_90" in shown
+    assert "/opt/cc" in shown or "Python.h" in shown
+    monkeypatch.delenv("CC")
+    monkeypatch.setattr("shutil.which", lambda _: None)
+    ok, shown = check()
+    assert ok  # nothing on a CPU needs it
+    assert "missing: a C compiler" in shown
+    assert "not needed" in str(doctor._c_compiler(tmp_path))  # of a Triton that brings its launcher
+
+
 def test_whether_generated_code_can_be_run(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse() -> str:
         raise ValueError("not safely [enough] here")

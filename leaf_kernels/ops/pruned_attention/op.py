@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from ..._runtime.launch import launch
+from ..._runtime.launch import launch, on_gpu
 from ..._runtime.library import define
 from ...layout import SharedPrefixLayout
 from .arguments import (
@@ -175,7 +175,7 @@ def _reduction(sums: torch.Tensor, tile: Tile) -> tuple[str, Any]:
     """How the kernel adds to `sums`, and what it gets for it: a TMA descriptor, which the interpreter cannot reduce into."""
     if sums.numel() == 0:
         return "none", None
-    if sums.device.type == "cpu":
+    if not on_gpu(sums.device):
         return "atomic", sums
     from triton.tools.tensor_descriptor import TensorDescriptor
 
