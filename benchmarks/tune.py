@@ -7,7 +7,7 @@ For each kernel and head size, plain and with all options, every tile that compi
 registers, too much memory, no tensor cores: see benchmarks/compile_gate.py) and gives what the shipped one gives takes turns
 with it, on a pack of 32768 tokens in sequences of 300 to 1000. All times go into benchmarks/results/<gpu>/tune.json. Tiles
 that are faster by more than twice the A-A spread go into leaf_kernels/_runtime/tuned/<gpu>.json, where launches on a GPU of
-this name find them. On a CPU, in Triton's interpreter, `--output DIR` tries the command out on two tiles; nothing is compiled.
+this name find them. On a CPU, in Triton's interpreter, `--output DIR` tries it out on two tiles; nothing is compiled.
 """
 
 from __future__ import annotations
@@ -38,18 +38,15 @@ TOLERANCE = 0.02  # of the largest value: two tiles round differently in bf16
 
 
 class Search(NamedTuple):
+    name: str
     kernel: str
     size: int  # of a head
     lengths: tuple[int, int] = (300, 1000)
     tokens: int = 32768
     dtype: str = "bfloat16"
 
-    @property
-    def name(self) -> str:
-        return f"{self.kernel}-{self.size}"
-
     def tiny(self) -> Search:
-        return self._replace(lengths=(10, 30), tokens=64, dtype="float32", size=16)
+        return self._replace(lengths=(5, 9), tokens=16, dtype="float32", size=16)
 
     def layout(self) -> SharedPrefixLayout:
         generator, lengths = torch.Generator().manual_seed(0), list[int]()
@@ -59,7 +56,10 @@ class Search(NamedTuple):
 
 
 SEARCHES = [
-    Search(kernel, size) for kernel in KERNELS for size in (64, 128, 256) if (kernel, size) != (KERNELS[3], 256)
+    Search(f"{kernel}-{size}", kernel, size)
+    for kernel in KERNELS
+    for size in (64, 128, 256)
+    if (kernel, size) != (KERNELS[3], 256)
 ]
 
 
