@@ -8,7 +8,7 @@ slow:
 
 # Kernels compiled for GPUs that are not there
 compile-gate:
-	python -m pytest -m compile_gate tests/kernels/test_compile_gate.py
+	python -m pytest -m compile_gate tests/kernels/test_compile_gate.py tests/test_tune.py
 
 lint:
 	ruff check .

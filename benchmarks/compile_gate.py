@@ -15,9 +15,10 @@ import csv
 import functools
 import itertools
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -122,46 +123,47 @@ def tile_of(case: Case) -> Tile | None:
     return find(case.size, getattr(torch, case.dtype), torch.device("meta"), extras=case.options == "all")
 
 
-def compile_case(case: Case) -> tuple[Tile | None, list[Compiled]]:
-    """The kernels of one case, and the tile that they were compiled with."""
-    if case.kernel in ROW_PASSES:
-        with compile_offline(case.arch) as compiled:
-            run_row_pass(case)
-            return tile_of(case), compiled
-    if case.kernel in SCORES:
-        with compile_offline(case.arch) as compiled:
-            run_scores(case)
-            return tile_of(case), compiled
+def compile_case(case: Case, tile: Tile | None = None) -> tuple[Tile | None, list[Compiled]]:
+    """The kernels of one case, and the tile that they were compiled with: that of a launch, unless one is given."""
+    run = {**dict.fromkeys(ROW_PASSES, run_row_pass), **dict.fromkeys(SCORES, run_scores)}.get(case.kernel)
     layout = SharedPrefixLayout.from_lengths([100] * 10).to("meta")
-    N, Hk, D = layout.num_tokens, 2, case.size
-    Hq = Hk * GROUPS[case.options]
-    everything = case.options == "all"
-    kind = {"dtype": getattr(torch, case.dtype), "device": "meta"}
-    q, k, v = (torch.empty(N, heads, D, **kind) for heads in (Hq, Hk, Hk))
-    mask = torch.empty(N, dtype=torch.bool, device="meta")
-    keep = mask if everything else None
-    sinks = torch.empty(Hq, **kind) if case.options != "none" else None
-    row, lse = (torch.empty(shape, device="meta") for shape in ((Hk, N * (Hq // Hk)), (Hq, N)))
-    starts = (layout.segment_starts, layout.prefix_starts, layout.prefix_lens)
+    plan = attention_launch(case, layout) if run is None else lambda _: functools.partial(run, case)
     with compile_offline(case.arch) as compiled:
-        tile = tile_of(case)
-        if tile is None:
-            return None, []
-        options = (1.0, 128 if case.options != "none" else None, 30.0 if everything else None, list(tile))
-        saved = (q, k, v, keep, q, row, row, *starts)
-        if case.kernel == "row_terms":
-            op.row_terms(q, q, lse, lse if everything else None, sinks, Hk)
-            return tile, compiled
-        rows, keys = query_tiles(layout, Hq // Hk, tile.block_m), key_tiles(layout, tile.block_n)
-        if case.kernel == "forward":
-            op.forward(q, k, v, keep, sinks, *starts, rows, *options)
-        elif case.kernel == "backward_q":
-            op.backward_q(*saved, rows, *options)
-        elif case.kernel == "mass":
-            mass_op.mass(q, k, mask, mass_op.chosen_ranges(layout, mask), keep, sinks, *starts, rows, *keys, *options)
-        else:
-            op.backward_kv(*saved, *keys, *options, case.kernel == "backward_fused")
+        tile = tile or tile_of(case)
+        if tile is not None:
+            plan(tile)()
     return tile, compiled
+
+
+def attention_launch(case: Case, layout: SharedPrefixLayout) -> Callable[[Tile], Callable[[], Any]]:
+    """Given a tile, what launches the attention kernel of `case` on `layout` and its device; values are random."""
+    N, Hk, D, device = layout.num_tokens, 2, case.size, layout.segment_starts.device
+    group = GROUPS[case.options]
+    Hq, everything = Hk * group, case.options == "all"
+    kind = {"dtype": getattr(torch, case.dtype), "device": device}
+    q, k, v, out = (torch.randn(N, heads, D, **kind) for heads in (Hq, Hk, Hk, Hq))
+    mask = torch.ones(N, dtype=torch.bool, device=device)
+    keep = mask if everything else None
+    sinks = torch.zeros(Hq, **kind) if case.options != "none" else None
+    row, lse = (torch.full(shape, 8.0, device=device) for shape in ((Hk, N * group), (Hq, N)))
+    starts = (layout.segment_starts, layout.prefix_starts, layout.prefix_lens)
+
+    def plan(tile: Tile) -> Callable[[], Any]:
+        if case.kernel == "row_terms":
+            return functools.partial(op.row_terms, out, out, lse, lse if everything else None, sinks, Hk)
+        options = (1.0, 128 if case.options != "none" else None, 30.0 if everything else None, list(tile))
+        saved = (q, k, v, keep, out, row, row, *starts)
+        rows, keys = query_tiles(layout, group, tile.block_m), key_tiles(layout, tile.block_n)
+        if case.kernel == "forward":
+            return functools.partial(op.forward, q, k, v, keep, sinks, *starts, rows, *options)
+        if case.kernel == "backward_q":
+            return functools.partial(op.backward_q, *saved, rows, *options)
+        if case.kernel == "mass":
+            chosen = mass_op.chosen_ranges(layout, mask)
+            return functools.partial(mass_op.mass, q, k, mask, chosen, keep, sinks, *starts, rows, *keys, *options)
+        return functools.partial(op.backward_kv, *saved, *keys, *options, case.kernel == "backward_fused")
+
+    return plan
 
 
 def run_scores(case: Case) -> None:

@@ -30,9 +30,10 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
-from benchmarks.timing import RESULTS, environment, slug, write_json
+from benchmarks.timing import RESULTS, environment, write_json
 from leaf.data import Sample, Skip
 from leaf.sensitivity import sensitivities
+from leaf_kernels._runtime.launch import slug
 from leaf_kernels.ops.linear_kl import op as linear_kl
 from leaf_kernels.testing import record_peak_bytes
 

@@ -12,7 +12,6 @@ import json
 import math
 import os
 import platform
-import re
 import statistics
 import subprocess
 import time
@@ -21,6 +20,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+
+from leaf_kernels._runtime.launch import slug
 
 RESULTS = Path(__file__).parent / "results"
 ROUNDS, PER_ROUND = 5, 10  # 50 samples of every call
@@ -199,10 +200,6 @@ def _commit() -> str:
         return git("rev-parse", "HEAD") + ("+changes" if changed else "")
     except (OSError, subprocess.SubprocessError):
         return "unknown"
-
-
-def slug(name: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 def write_json(path: Path, content: object) -> None:

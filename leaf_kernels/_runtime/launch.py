@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import json
 import os
+import re
+import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 from .precompiled import serve_precompiled
+
+TUNED = Path(__file__).parent / "tuned"
 
 
 def interpreted() -> bool:
@@ -62,18 +68,39 @@ def architecture(device: torch.device) -> str:
     """The part of a configuration table that serves `device`.
 
     "sm_80" (A100: 163 KB of shared memory), "sm_90" (Hopper: 227 KB, wgmma), "sm_100" (data-centre Blackwell: 227 KB, tensor
-    memory), "small" (99 KB: A10, L4, RTX 30 to 50, and every card that is not known), "interpreter" on a CPU.
+    memory), "small" (99 KB: A10, L4, RTX 30 to 50, and every card that is not known, with a warning), "interpreter" on a
+    CPU.
     """
     if _stand_in is not None:
         return _stand_in.architecture
+    return _table(*_capability(device)) if device.type == "cuda" else "interpreter"
+
+
+@functools.cache  # warns once
+def _table(major: int, minor: int) -> str:
+    if (major, minor) in ((8, 0), (9, 0), (10, 0), (10, 3)):
+        return f"sm_{major}0"
+    if (major, minor) not in ((8, 6), (8, 7), (8, 9), (12, 0), (12, 1)):
+        warnings.warn(
+            f"leaf_kernels: no kernel configurations for GPUs of compute capability {major}.{minor}; taking the smallest, "
+            "which are safe and slow. `python -m benchmarks.tune` finds better ones",
+            stacklevel=2,
+        )
+    return "small"
+
+
+@functools.cache
+def tuned(device: torch.device) -> dict[str, Any]:
+    """The content of `tuned/<name of the GPU>.json`, which `benchmarks/tune.py` writes; empty where there is none."""
     if device.type != "cuda":
-        return "interpreter"
-    major, minor = _capability(device)
-    if (major, minor) == (8, 0):
-        return "sm_80"
-    if major == 9:
-        return "sm_90"
-    return "sm_100" if major == 10 else "small"
+        return {}
+    path = TUNED / f"{slug(torch.cuda.get_device_name(device))}.json"
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def slug(gpu: str) -> str:
+    """A GPU's name as part of a path: "NVIDIA H200" is nvidia-h200."""
+    return re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-")
 
 
 def launch(kernel: Any, programs: int, *args: Any, **constants: Any) -> None:

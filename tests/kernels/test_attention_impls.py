@@ -115,23 +115,6 @@ def test_launches_happen_on_the_device_of_the_tensors():
     assert launched_on == [torch.device("cuda", 1)]
 
 
-@pytest.mark.parametrize(
-    ("capability", "arch"),
-    [
-        ((8, 0), "sm_80"),
-        ((8, 6), "small"),
-        ((8, 9), "small"),
-        ((9, 0), "sm_90"),
-        ((10, 0), "sm_100"),
-        ((12, 0), "small"),
-        ((13, 0), "small"),
-    ],
-)
-def test_unknown_gpus_get_the_smallest_configuration(monkeypatch, capability, arch):
-    monkeypatch.setattr(launch, "_capability", lambda _: capability)
-    assert launch.architecture(torch.device("cuda")) == arch
-
-
 # -- other libraries' kernels --------------------------------------------------------------------------------------
 
 

@@ -1,4 +1,4 @@
-"""Tile sizes of the kernels: one shipped table, no search at run time."""
+"""Tile sizes of the kernels: shipped tables, no search at run time."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from ..._runtime.launch import architecture
+from ..._runtime.launch import architecture, tuned
 
 
 class Tile(NamedTuple):
@@ -120,6 +120,13 @@ _TABLE: dict[str, dict[str, dict[int, tuple[Tile, Tile]]]] = {
 }
 
 
+def _by_head_size(kernel: str, device: torch.device) -> dict[int, tuple[Tile, Tile]]:
+    """What was tuned on this GPU, over what suits its architecture: the same nesting."""
+    found = tuned(device).get("tiles", {}).get(kernel, {})
+    own = {int(size): (Tile(*plain), Tile(*extras)) for size, (plain, extras) in found.items()}
+    return {**_TABLE[architecture(device)].get(kernel, {}), **own}
+
+
 def tile_for(kernel: str, head_dim: int, dtype: torch.dtype, device: torch.device, *, extras: bool) -> Tile:
     """The configuration of "forward", "backward_q", "backward_kv" or "mass". `extras`: with `keep` or a softcap."""
     arch = architecture(device)
@@ -127,7 +134,7 @@ def tile_for(kernel: str, head_dim: int, dtype: torch.dtype, device: torch.devic
         return Tile(16, 16, 1, 1)
     if dtype is torch.float32:  # exact products do not run on tensor cores: for correctness, not for speed
         return Tile(16, 16, 4, 1) if head_dim > 128 else Tile(32, 32, 4, 1)
-    return next(pair[extras] for largest, pair in _TABLE[arch][kernel].items() if head_dim <= largest)
+    return next(pair[extras] for largest, pair in _by_head_size(kernel, device).items() if head_dim <= largest)
 
 
 def fused_tile(head_dim: int, dtype: torch.dtype, device: torch.device, *, extras: bool) -> Tile | None:
