@@ -106,8 +106,8 @@ def long_readme(results: dict[str, Any]) -> str:
 
     lengths = list(results["per_length"]["instruction_level_detection"]["auroc"])
     return (
-        f"`leaf demo --task long` buries the same problems among up to {lengths[-1]} tokens, with several signs, and measures "
-        f"detection only. From {lengths[0]} to {lengths[-1]} tokens the AUROC of misleading signs goes "
+        f"`leaf demo --task long` buries the same problems among up to {lengths[-1]} tokens, with several signs, and "
+        f"measures detection only. From {lengths[0]} to {lengths[-1]} tokens the AUROC of misleading signs goes "
         f"{between('instruction', 'auroc_misleading')}, by the student's gradient alone "
         f"{between('instruction', 'auroc_student_gradient_misleading')}; that of a sign in the response "
         f"{between('response', 'auroc_misleading')} (mean of {len(results['seeds'])} seeds)."
