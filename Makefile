@@ -1,4 +1,4 @@
-.PHONY: test slow lint format compile-gate
+.PHONY: test slow lint format compile-gate docs
 
 test:
 	python -m pytest
@@ -18,3 +18,7 @@ lint:
 format:
 	ruff check --fix .
 	ruff format .
+
+# The pages of docs/ and the docstrings of the API, into site/; a warning is an error
+docs:
+	mkdocs build --strict --quiet

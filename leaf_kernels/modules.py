@@ -50,8 +50,7 @@ class LinearKLLoss(_LinearLoss):
     whatever the temperature.
 
     Args:
-        temperature, divergence, beta, vocab_size, student_softcap, teacher_softcap, student_logit_scale,
-            teacher_logit_scale, chunk_rows, impl: as in `linear_kl`.
+        temperature, divergence, beta: as in `linear_kl`, like all that follows `reduction`.
         reduction: "mean" over the tokens of a call that are not masked (0 if all are), or "sum", to be divided by the tokens
             of all micro-batches.
     """

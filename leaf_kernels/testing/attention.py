@@ -45,7 +45,8 @@ def attention_in_chunks(
     Args:
         upstream, upstream_lse: [N, Hq, D] and [Hq, N], the gradients of `out` and `lse`. The latter must be 0 where the lse
             is -inf.
-        Everything else as in `pruned_attention`.
+
+    Everything else is as in `pruned_attention`.
     """
     N, Hq, D = q.shape
     wide = torch.promote_types(q.dtype, torch.float32)
