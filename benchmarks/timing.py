@@ -22,6 +22,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from leaf_kernels.testing import record_peak_bytes
+
 RESULTS = Path(__file__).parent / "results"
 ROUNDS, PER_ROUND = 5, 10  # 50 samples of every call
 
@@ -58,6 +60,11 @@ class Timing(NamedTuple):
     p80: float
     samples: int
 
+    @classmethod
+    def of(cls, values: list[float]) -> Timing:
+        cuts = statistics.quantiles(values, n=5)
+        return cls(statistics.median(values), cuts[0], cuts[-1], len(values))
+
     def columns(self, spread: float) -> Row:
         """Of a row of results; `spread` as `interleave` returns it."""
         own = {"ms": self.median, "p20_ms": self.p20, "p80_ms": self.p80, "samples": self.samples}
@@ -79,12 +86,7 @@ def interleave(calls: dict[str, Call], device: torch.device, deadline: Deadline)
         again = _sample(calls[first], device, scratch)
         opening = statistics.median(samples[first][-PER_ROUND:])
         spread = max(spread, abs(statistics.median(again) / opening - 1))
-    return {name: _timing(values) for name, values in samples.items()}, spread
-
-
-def _timing(values: list[float]) -> Timing:
-    cuts = statistics.quantiles(values, n=5)
-    return Timing(statistics.median(values), cuts[0], cuts[-1], len(values))
+    return {name: Timing.of(values) for name, values in samples.items()}, spread
 
 
 def _sample(call: Call, device: torch.device, scratch: torch.Tensor) -> list[float]:
@@ -112,6 +114,20 @@ def _sample(call: Call, device: torch.device, scratch: torch.Tensor) -> list[flo
         marks.append((start, end))
     torch.cuda.synchronize()
     return [start.elapsed_time(end) for start, end in marks[1:]]
+
+
+def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
+    """The most that one run holds beyond what was there. A run goes before: compilation and cuBLAS allocate only then."""
+    run()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        run()
+        return torch.cuda.max_memory_allocated(device) - before
+    with record_peak_bytes() as peak:
+        run()
+    return peak[0]
 
 
 def anchors(device: torch.device, deadline: Deadline) -> dict[str, float]:
