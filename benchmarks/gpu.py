@@ -49,6 +49,7 @@ BENCHMARKS = {
     "attention": "benchmarks.attention",
     "kl": "benchmarks.linear_kl",
     "scores": "benchmarks.token_scores",
+    "e2e": "benchmarks.e2e",
 }
 STAGES = ("check", *BENCHMARKS)
 TESTS: tuple[str, ...] = ("-m", "gpu", "tests/kernels")
