@@ -106,19 +106,24 @@ def long_readme(results: dict[str, Any]) -> str:
     )
 
 
+BOUNDED = ["goal", "case", "what", "got", "wanted", "stretch", "verdict"]
+
+
 def gpu_attention(results: Path = RESULTS) -> str:
     header = ["goal", "case", "mode", "against", "split", "fused", "wanted", "stretch", "verdict"]
     return gpu_goals(results, "attention", header, goal_row)
 
 
 def gpu_linear_kl(results: Path = RESULTS) -> str:
-    header = ["goal", "case", "what", "got", "wanted", "stretch", "verdict"]
-    return gpu_goals(results, "linear_kl", header, bounded_row)
+    return gpu_goals(results, "linear_kl", BOUNDED, bounded_row)
 
 
 def gpu_token_scores(results: Path = RESULTS) -> str:
-    header = ["goal", "case", "what", "got", "wanted", "stretch", "verdict"]
-    return gpu_goals(results, "token_scores", header, bounded_row)
+    return gpu_goals(results, "token_scores", BOUNDED, bounded_row)
+
+
+def gpu_e2e(results: Path = RESULTS) -> str:
+    return gpu_goals(results, "e2e", BOUNDED, bounded_row)
 
 
 def gpu_goals(results: Path, name: str, header: list[str], row: Callable[[dict[str, Any]], list[str]]) -> str:
@@ -313,6 +318,7 @@ def documents() -> dict[Path, dict[str, str]]:
             "gpu-attention": gpu_attention(),
             "gpu-linear-kl": gpu_linear_kl(),
             "gpu-token-scores": gpu_token_scores(),
+            "gpu-e2e": gpu_e2e(),
         },
     }
 
