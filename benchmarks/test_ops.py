@@ -24,6 +24,7 @@ from benchmarks.timing import RESULTS, environment, slug
 from leaf_kernels import SharedPrefixLayout, attention_mass, linear_cross_entropy
 from leaf_kernels.testing import assert_close_to_fp64
 
+SAVES = 4  # a loss that makes all logits needs at least this many times our memory
 on_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="a CPU case; a GPU runs test_on_the_gpu")
 
 LLAMA_1B, QWEN_1_5B = attention.Model("Llama-3.2-1B", 8, 2, 64), attention.Model("Qwen2.5-1.5B", 6, 1, 128)
@@ -49,7 +50,7 @@ def test_linear_kl(benchmark, case):
 
     facts = {"op": "linear_kl", "mode": "step", "case": case.name, "tokens": case.N, "rows": len(problem.rows)}
     rows = compare(benchmark, {name: arm(name) for name in ("leaf", "eager", "released")}, **facts)
-    assert ratio(rows, "peak_bytes", "released") >= 4
+    assert ratio(rows, "peak_bytes", "released") >= SAVES
 
 
 @on_cpu
@@ -87,7 +88,7 @@ def test_linear_cross_entropy(benchmark):
     arms = {name: Arm(partial(step, loss), partial(check, loss)) for name, loss in (("leaf", ours), ("eager", eager))}
     facts = {"op": "linear_cross_entropy", "mode": "step", "case": "Llama-3.2-1B", "tokens": N, "rows": count}
     rows = compare(benchmark, arms, **facts)
-    assert ratio(rows, "peak_bytes", "eager") >= 4
+    assert ratio(rows, "peak_bytes", "eager") >= SAVES
 
 
 # -- attention ---------------------------------------------------------------------------------------------------------
