@@ -416,6 +416,7 @@ def measure(case: Case, device: torch.device, deadline: Deadline, tuned: bool = 
             ready[name] = provider
             found[name] = {"tokens": problem.layout.num_tokens, "step_peak_bytes": peak, **errors}
     facts = {
+        "op": "pruned_attention",
         "case": case.name,
         "model": case.model.name,
         "heads": f"{case.model.Hq}/{case.model.Hk}/{case.model.D}",

@@ -414,7 +414,7 @@ class Bench:
     def measure(self, case: Case, deadline: Deadline) -> Iterator[Row]:
         """Rows of one case. Raises OutOfTime."""
         right, absent = self.checked
-        facts = {"case": case.name, "student": "1B", "teacher": "8B", "dtype": "bfloat16"}
+        facts = {"op": "training step", "case": case.name, "student": "1B", "teacher": "8B", "dtype": "bfloat16"}
         if self.device.type != "cuda":
             facts |= {"student": "small", "teacher": "small", "dtype": "float32"}
         if case.tokens:

@@ -488,6 +488,7 @@ def measure(case: Case, device: torch.device, deadline: Deadline) -> Iterator[Ro
     for name in list(found):
         attempt(name, partial(full_size, name))
     facts = {
+        "op": "linear_kl",
         "case": case.name,
         "dims": f"{case.Ds}/{case.Dt}/{case.V}",
         "tokens": case.N,

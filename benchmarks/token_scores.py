@@ -249,6 +249,7 @@ def measure(case: Case, device: torch.device, deadline: Deadline) -> Iterator[Ro
         reasons |= dict.fromkeys(found, "not timed: leaf failed")
         calls.clear()
     facts = {
+        "op": "token_scores",
         "case": case.name,
         "dims": f"{case.Ds}/{case.Dt}",
         "tokens": case.tokens,
