@@ -12,7 +12,7 @@ import torch
 
 import leaf_kernels
 from leaf_kernels.testing import __main__ as command
-from leaf_kernels.testing import selfcheck
+from leaf_kernels.testing import assert_close_to_fp64, selfcheck
 
 ROOT = Path(__file__).parents[2]
 CPU = selfcheck.Where(torch.device("cpu"), torch.float32, "auto")
@@ -93,3 +93,11 @@ def test_an_op_that_raises_fails_with_its_error(monkeypatch):
     monkeypatch.setattr(selfcheck, "linear_kl", raises)
     (failed,) = (outcome for outcome in selfcheck.run(CPU) if outcome.failure)
     assert (failed.op, failed.failure) == ("linear_kl", "OSError: no ptxas")
+
+
+def test_the_budget_returns_the_measure_that_comes_nearest_to_it():
+    oracle = torch.zeros(4, dtype=torch.float64)
+    plain = torch.tensor([1.0, 0.0, 0.0, 0.0])  # RMS 0.5, maximum 1
+    assert assert_close_to_fp64(torch.full((4,), 0.9), plain, oracle) == pytest.approx((0.9, 1.0))  # maximum: 0.9 of 2
+    assert assert_close_to_fp64(torch.tensor([1.8, 0, 0, 0]), plain, oracle, times=4) == pytest.approx((0.9, 2.0))
+    assert assert_close_to_fp64(oracle, oracle, oracle) == (0.0, 0.0)
