@@ -34,6 +34,7 @@ from benchmarks.timing import (
     environment,
     interleave,
     parser,
+    peak_bytes,
     place,
     reason,
     run_cases,
@@ -318,14 +319,14 @@ PROVIDERS: dict[str, Callable[[Problem], Provider]] = {
 # -- measuring ---------------------------------------------------------------------------------------------------------
 
 
-def problems(case: Case, device: torch.device) -> tuple[Problem, Problem]:
+def problems(case: Case, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> tuple[Problem, Problem]:
     """The pack, and the same sequences with nothing shared (the same object where nothing is)."""
     packed, separate = case.sequences()
 
     def problem(layout: SharedPrefixLayout) -> Problem:
         generator = torch.Generator(device).manual_seed(0)
         q, k, v, upstream = (
-            torch.randn(layout.num_tokens, H, case.model.D, generator=generator, device=device, dtype=torch.bfloat16)
+            torch.randn(layout.num_tokens, H, case.model.D, generator=generator, device=device, dtype=dtype)
             for H in (case.model.Hq, case.model.Hk, case.model.Hk, case.model.Hq)
         )
         return Problem(layout.pin_memory() if device.type == "cuda" else layout, q, k, v, upstream)
@@ -347,8 +348,9 @@ class Gate:
         self.plain = attention_in_chunks(*tensors[:3], layout, tensors[3])
         self.oracle = attention_in_chunks(q, k, v, layout, upstream)
 
-    def check(self, provider: Provider, factor: int) -> None:
-        """Raises AssertionError."""
+    def check(self, provider: Provider, factor: int) -> dict[str, float]:
+        """Relative errors against fp64. Raises AssertionError."""
+        errors = {}
         out = provider.attend(provider.plan(), *provider.tensors)
         gradients = torch.autograd.grad(out, provider.tensors, provider.upstream)
         for name, x in zip(("out", "dq", "dk", "dv"), (out, *gradients)):
@@ -358,6 +360,9 @@ class Gate:
                 assert_close_to_fp64(rows[:, : oracle.shape[1]], oracle + factor * (plain - oracle), oracle)
             except AssertionError as error:
                 raise AssertionError(f"{name}: {error}") from error
+            error = rows[:, : oracle.shape[1]].double() - oracle
+            errors[f"{name}_error"] = float(error.norm() / oracle.norm())
+        return errors
 
 
 def call(provider: Provider, mode: str, layers: int) -> Call:
@@ -397,18 +402,21 @@ def measure(case: Case, device: torch.device, deadline: Deadline, tuned: bool = 
     torch._dynamo.reset()  # every case compiles for its own shapes, and none counts as a recompilation
     packed, separate = problems(case, device)
     gates = {id(problem): Gate(problem) for problem in (packed, separate)}
-    ready, tokens, reasons = dict[str, Provider](), dict[str, int](), dict[str, str]()
+    ready, found, reasons = dict[str, Provider](), dict[str, dict[str, float]](), dict[str, str]()
     for name in names_of(case, tuned):
         deadline.check()
         problem = separate if name in VENDORS else packed
         try:
             provider = PROVIDERS[name](problem)
-            gates[id(problem)].check(provider, factor=1 if name in OURS else 2)
+            errors = gates[id(problem)].check(provider, factor=1 if name in OURS else 2)
+            peak = peak_bytes(lambda provider=provider: call(provider, "step", 1).run(None), device)  # type: ignore[misc]
         except Exception as error:  # whatever a peer fails with is its reason to be absent
             reasons[name] = reason(error)
         else:
-            ready[name], tokens[name] = provider, problem.layout.num_tokens
+            ready[name] = provider
+            found[name] = {"tokens": problem.layout.num_tokens, "step_peak_bytes": peak, **errors}
     facts = {
+        "op": "pruned_attention",
         "case": case.name,
         "model": case.model.name,
         "heads": f"{case.model.Hq}/{case.model.Hk}/{case.model.D}",
@@ -433,7 +441,7 @@ def measure(case: Case, device: torch.device, deadline: Deadline, tuned: bool = 
                 **facts,
                 "mode": mode,
                 "provider": name,
-                "tokens": tokens[name],
+                **found[name],
                 **timing.columns(spread),
                 "gate": "passed",
                 **now,

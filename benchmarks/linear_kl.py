@@ -19,6 +19,7 @@ outside of rounding catch one that computes something else. What cannot run is i
 
     gemms           the products that ours runs, in the same chunks, and nothing else: what C1 divides by
     eager, compile  logits of both models, log_softmax in fp32, kl_div; the same under torch.compile
+    released        the loss of the paper's code: softmaxes in fp32, a NaN where a probability is 0 replaced
     trl             the chunked divergence of DistillationTrainer. On a mask it leaves rows out, as we do
     liger_jsd       LigerFusedLinearJSD, whose beta = 0 is the forward KL; liger_jsd_fp32: dW accumulated in fp32
     liger_distill   Liger's chunked distillation loss, compiled; makes dW even where the weight is frozen
@@ -47,13 +48,14 @@ from benchmarks.timing import (
     interleave,
     line,
     parser,
+    peak_bytes,
     place,
     reason,
     run_cases,
     state,
 )
 from leaf_kernels import linear_kl
-from leaf_kernels.testing import assert_close_to_fp64, record_peak_bytes
+from leaf_kernels.testing import assert_close_to_fp64
 
 PACKAGES = ("trl", "liger-kernel", "fla-core")
 ACCURACY_ROWS = 512
@@ -218,11 +220,11 @@ class Problem(NamedTuple):
         return 2 * len(self.rows) * V * ((1 + len(self.trained)) * Ds + Dt)
 
 
-def make(case: Case, device: torch.device) -> Problem:
+def make(case: Case, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> Problem:
     generator = torch.Generator(device).manual_seed(0)
 
     def normal(rows: int, dim: int, std: float = 1.0) -> torch.Tensor:
-        return torch.randn(rows, dim, generator=generator, device=device, dtype=torch.bfloat16).mul_(std)
+        return torch.randn(rows, dim, generator=generator, device=device, dtype=dtype).mul_(std)
 
     hidden = normal(case.N, case.Ds).requires_grad_()
     weight = normal(case.V, case.Ds, LOGIT_STD * case.Ds**-0.5).requires_grad_(not case.frozen)
@@ -260,6 +262,19 @@ def eager(problem: Problem, compiled: bool = False) -> Loss:
     run = torch.compile(loss, dynamic=False) if compiled and problem.rows.is_cuda else loss
     token_weight = problem.token_weight()
     return lambda: run(*problem[:4], token_weight)
+
+
+def released(problem: Problem) -> Loss:
+    if problem.beta:
+        raise NotImplementedError("knows no JSD")
+    token_weight = problem.token_weight()
+
+    def loss() -> torch.Tensor:
+        student, teacher = (F.softmax(F.linear(*pair).float(), -1) for pair in (problem[:2], problem[2:4]))
+        values = torch.nan_to_num((teacher * (teacher.log() - student.log())).sum(-1))
+        return (values * token_weight).sum()
+
+    return loss
 
 
 def divergence(log_student: torch.Tensor, log_teacher: torch.Tensor, beta: float) -> torch.Tensor:
@@ -324,6 +339,7 @@ PROVIDERS: dict[str, Callable[[Problem], Loss]] = {
     "leaf": leaf,
     "eager": eager,
     "compile": partial(eager, compiled=True),
+    "released": released,
     "trl": trl,
     "liger_jsd": liger_jsd,
     "liger_jsd_fp32": partial(liger_jsd, accum_dtype=torch.float32),
@@ -424,21 +440,10 @@ class Gate:
 
 
 def memory(run: Callable[[], list[torch.Tensor]], problem: Problem) -> dict[str, int]:
-    """Bytes allocated at most in one step. Run once before: compilation and cuBLAS allocate only then."""
-    run()
-    if problem.rows.is_cuda:
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        result = run()
-        peak = torch.cuda.max_memory_allocated() - before
-    else:
-        with record_peak_bytes() as peaks:
-            result = run()
-        peak = peaks[0]
+    """Bytes allocated at most in one step."""
+    peak = peak_bytes(run, problem.rows.device)
     inputs = sum(x.nbytes for x in problem[:5])
-    _, dx, *dw = result
-    gradients = dx.nbytes + sum(4 * x.numel() for x in dw)
+    gradients = sum(x.numel() * size for x, size in zip(problem.trained, (problem.student_hidden.element_size(), 4)))
     return {"peak_bytes": peak, "beyond_bytes": peak - gradients, "total_bytes": peak + inputs}
 
 
@@ -483,6 +488,7 @@ def measure(case: Case, device: torch.device, deadline: Deadline) -> Iterator[Ro
     for name in list(found):
         attempt(name, partial(full_size, name))
     facts = {
+        "op": "linear_kl",
         "case": case.name,
         "dims": f"{case.Ds}/{case.Dt}/{case.V}",
         "tokens": case.N,

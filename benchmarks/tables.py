@@ -114,19 +114,24 @@ def long_readme(results: dict[str, Any]) -> str:
     )
 
 
+BOUNDED = ["goal", "case", "what", "got", "wanted", "stretch", "verdict"]
+
+
 def gpu_attention(results: Path = RESULTS) -> str:
     header = ["goal", "case", "mode", "against", "split", "fused", "wanted", "stretch", "verdict"]
     return gpu_goals(results, "attention", header, goal_row)
 
 
 def gpu_linear_kl(results: Path = RESULTS) -> str:
-    header = ["goal", "case", "what", "got", "wanted", "stretch", "verdict"]
-    return gpu_goals(results, "linear_kl", header, bounded_row)
+    return gpu_goals(results, "linear_kl", BOUNDED, bounded_row)
 
 
 def gpu_token_scores(results: Path = RESULTS) -> str:
-    header = ["goal", "case", "what", "got", "wanted", "stretch", "verdict"]
-    return gpu_goals(results, "token_scores", header, bounded_row)
+    return gpu_goals(results, "token_scores", BOUNDED, bounded_row)
+
+
+def gpu_e2e(results: Path = RESULTS) -> str:
+    return gpu_goals(results, "e2e", BOUNDED, bounded_row)
 
 
 def gpu_goals(results: Path, name: str, header: list[str], row: Callable[[dict[str, Any]], list[str]]) -> str:
@@ -168,21 +173,45 @@ def bounded_row(goal: dict[str, Any]) -> list[str]:
     return [goal["goal"], goal["case"], goal["what"], f"{goal['value']:.2f}", *bounds, verdict + noise]
 
 
-def cpu_linear_kl(results: dict[str, Any]) -> str:
-    (run,) = results["benchmarks"]
-    info = run["extra_info"]
-    medians = {name: statistics.median(times) for name, times in info["seconds"].items()}
-    medians["ours"] = run["stats"]["median"]
-    names = {"released": "released recipe", "log_space": "log space", "ours": "`linear_kl`"}
-    rows = [
-        [names[name], f"{seconds:.2f} s", f"{medians['released'] / seconds:.1f}×", f"{info['peak_mib'][name]:.0f} MiB"]
-        for name, seconds in medians.items()
-    ]
-    where = f"{info['threads']} threads of {results['machine_info']['cpu']['brand_raw']}, torch {info['torch']}"
+def cpu_suite(results: dict[str, Any], *ops: str) -> str:
+    """The rows of some ops, or of all: times beside ours in the same case, peak, the largest of the errors against fp64."""
+    rows, last = [], dict[str, Any]()
+    for run in results["benchmarks"]:
+        arms = {row["provider"]: row for row in run["extra_info"].get("rows", ())}
+        for name, row in arms.items():
+            if ops and row["op"] not in ops:
+                continue
+            last, error = row, max(value for column, value in row.items() if column.endswith("_error"))
+            rows.append(
+                [
+                    f"`{row['op']}`",
+                    f"{row['case']}, {row['mode']}",
+                    "**ours**" if name == "leaf" else name,
+                    f"{row['ms']:.0f}",
+                    f"{row['p20_ms']:.0f}–{row['p80_ms']:.0f}",
+                    f"{row['ms'] / arms['leaf']['ms']:.2f}",
+                    f"{row['aa_spread']:.0%}",
+                    f"{row['peak_bytes'] / 2**20:.0f}",
+                    f"{error:.0e}",
+                ]
+            )
+    cpu = results["machine_info"]["cpu"]["brand_raw"]
     caption = (
-        f"N = {info['N']}, V = {info['V']}, D = {info['D']}, fp32, {where}; median of {run['stats']['rounds']} rounds."
+        f"{last['threads']} thread of {cpu}, torch {last['torch']}, commit `{last['commit'][:12]}`; medians of "
+        f"{last['rounds']} interleaved rounds, the machine not otherwise idle. *noise* is how far two medians of ours are "
+        "apart, *peak* what is allocated beyond the inputs."
     )
-    return "\n\n".join([caption, markdown(["loss", "time", "faster", "memory beyond the inputs"], rows)])
+    header = ["op", "case", "", "ms", "20–80 %", "÷ ours", "noise", "peak, MiB", "error"]
+    return "\n\n".join([caption, markdown(header, rows)])
+
+
+def cpu_estimates(results: dict[str, Any]) -> str:
+    found = [run["extra_info"]["estimate"] for run in results["benchmarks"] if "estimate" in run["extra_info"]]
+    rows = [
+        [each["case"], f"{each['predicted_mib']:.0f}", f"{each['measured_mib']:.0f}", f"{each['error']:+.1%}"]
+        for each in found
+    ]
+    return markdown(["`leaf estimate`", "predicted, MiB", "measured, MiB", "error"], rows)
 
 
 def gradient_sparsity(results: dict[str, Any]) -> str:
@@ -279,15 +308,16 @@ def documents() -> dict[Path, dict[str, str]]:
     long = load("demo/long")
     blocks |= {"demo-long": by_length(long), "demo-long-readme": long_readme(long)}
     gsm8k = load("packing/gsm8k")
-    docs = ROOT / "docs"
+    docs, suite = ROOT / "docs", load("cpu_suite")
     return {
         ROOT / "README.md": blocks,
         docs / "method-notes.md": blocks,
         docs / "packing.md": {"packing-ratio": packing_ratio(gsm8k), "packing-fill": packing_fill(gsm8k)},
         docs / "linear_kl.md": {
-            "cpu-linear-kl": cpu_linear_kl(load("linear_kl_cpu")),
+            "cpu-linear-kl": cpu_suite(suite, "linear_kl", "linear_cross_entropy"),
             "gradient-sparsity": gradient_sparsity(load("gradient_sparsity")),
         },
+        ROOT / "benchmarks" / "README.md": {"cpu-suite": cpu_suite(suite), "cpu-estimates": cpu_estimates(suite)},
         docs / "scoring.md": {
             "scoring-cpu": scoring_cpu(load("scoring_cpu")),
             "scoring-memory": scoring_memory(load("scoring_memory")),
@@ -296,6 +326,7 @@ def documents() -> dict[Path, dict[str, str]]:
             "gpu-attention": gpu_attention(),
             "gpu-linear-kl": gpu_linear_kl(),
             "gpu-token-scores": gpu_token_scores(),
+            "gpu-e2e": gpu_e2e(),
         },
     }
 

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import torch
 
 from leaf_kernels._runtime.launch import slug
+from leaf_kernels.testing import record_peak_bytes
 
 RESULTS = Path(__file__).parent / "results"
 ROUNDS, PER_ROUND = 5, 10  # 50 samples of every call
@@ -59,46 +60,50 @@ class Timing(NamedTuple):
     p80: float
     samples: int
 
+    @classmethod
+    def of(cls, values: list[float]) -> Timing:
+        cuts = statistics.quantiles(values, n=5)
+        return cls(statistics.median(values), cuts[0], cuts[-1], len(values))
+
     def columns(self, spread: float) -> Row:
         """Of a row of results; `spread` as `interleave` returns it."""
         own = {"ms": self.median, "p20_ms": self.p20, "p80_ms": self.p80, "samples": self.samples}
         return {**own, "rounds": ROUNDS, "aa_spread": spread}
 
 
-def interleave(calls: dict[str, Call], device: torch.device, deadline: Deadline) -> tuple[dict[str, Timing], float]:
+def interleave(
+    calls: dict[str, Call], device: torch.device, deadline: Deadline, per_round: int | None = None
+) -> tuple[dict[str, Timing], float]:
     """Times of calls that take turns, so that clocks and heat treat them alike, and the A–A spread.
 
     The first call opens and closes each round. The spread is the largest relative difference of these two medians of one
-    and the same call: differences between calls of less than twice that mean nothing.
+    and the same call: differences between calls of less than twice that mean nothing. `per_round`: samples, for calls so
+    long that PER_ROUND are too many.
     """
+    count = per_round or PER_ROUND
     first, samples, spread = next(iter(calls)), {name: list[float]() for name in calls}, 0.0
     scratch = torch.empty(2**28 if device.type == "cuda" else 1, dtype=torch.int8, device=device)
     for _ in range(ROUNDS):
         for name, call in calls.items():
             deadline.check()
-            samples[name] += _sample(call, device, scratch)
-        again = _sample(calls[first], device, scratch)
-        opening = statistics.median(samples[first][-PER_ROUND:])
+            samples[name] += _sample(call, device, scratch, count)
+        again = _sample(calls[first], device, scratch, count)
+        opening = statistics.median(samples[first][-count:])
         spread = max(spread, abs(statistics.median(again) / opening - 1))
-    return {name: _timing(values) for name, values in samples.items()}, spread
+    return {name: Timing.of(values) for name, values in samples.items()}, spread
 
 
-def _timing(values: list[float]) -> Timing:
-    cuts = statistics.quantiles(values, n=5)
-    return Timing(statistics.median(values), cuts[0], cuts[-1], len(values))
-
-
-def _sample(call: Call, device: torch.device, scratch: torch.Tensor) -> list[float]:
-    """PER_ROUND times in ms, after one run that is not counted."""
+def _sample(call: Call, device: torch.device, scratch: torch.Tensor, count: int) -> list[float]:
+    """Times in ms, after one run that is not counted."""
     if device.type != "cuda":
         times = []
-        for _ in range(PER_ROUND + 1):
+        for _ in range(count + 1):
             state, start = call.setup(), time.perf_counter()
             call.run(state)
             times.append(1e3 * (time.perf_counter() - start))
         return times[1:]
     marks, host = [], 0.0
-    for _ in range(PER_ROUND + 1):
+    for _ in range(count + 1):
         state = call.setup()
         scratch.zero_()  # drives everything else out of the L2 cache
         # The device waits while the host queues the launches, half as long again as it took the last time: they are not
@@ -113,6 +118,21 @@ def _sample(call: Call, device: torch.device, scratch: torch.Tensor) -> list[flo
         marks.append((start, end))
     torch.cuda.synchronize()
     return [start.elapsed_time(end) for start, end in marks[1:]]
+
+
+def peak_bytes(run: Callable[[], object], device: torch.device, warm: bool = True) -> int:
+    """The most that one run holds beyond what was there. `warm`: after a run in which compilation and cuBLAS allocate."""
+    if warm:
+        run()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        run()
+        return torch.cuda.max_memory_allocated(device) - before
+    with record_peak_bytes() as peak:
+        run()
+    return peak[0]
 
 
 def anchors(device: torch.device, deadline: Deadline) -> dict[str, float]:
@@ -263,14 +283,16 @@ def run_cases(
     *,
     resume: bool,
     only: Iterable[str],
+    rows: list[Row] | None = None,
 ) -> bool:
     """Measures the cases into `path`, case by case. True: every case is there, and our implementation ("leaf") in each.
 
     A case has a `name`, and `tiny()` for a CPU. `where` is the environment; `summary` says the outcome in lines.
+    `rows`, empty, collects the rows, for a `measure` that goes by those before.
     """
-    cases, deadline, rows = list(cases), Deadline(budget), list[Row]()
+    cases, deadline, rows = list(cases), Deadline(budget), [] if rows is None else rows
     if resume and path.exists():  # only what was measured by the same code on the same machine goes on
-        rows = [row for row in json.loads(path.read_text())["rows"] if where.items() <= row.items()]
+        rows += [row for row in json.loads(path.read_text())["rows"] if where.items() <= row.items()]
     done, todo = {row["case"] for row in rows}, ["anchors", *(only or (case.name for case in cases))]
 
     def add(new: Iterable[Row]) -> None:

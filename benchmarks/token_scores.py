@@ -35,6 +35,7 @@ from benchmarks.timing import (
     interleave,
     line,
     parser,
+    peak_bytes,
     place,
     reason,
     run_cases,
@@ -240,6 +241,7 @@ def measure(case: Case, device: torch.device, deadline: Deadline) -> Iterator[Ro
             runs = {mode: provider(problem, mode) for mode in MODES}
             runs["scores"]()  # compiles
             found[name] = check(runs["select"](), exact, problem)  # type: ignore[arg-type]
+            found[name]["scores_peak_bytes"] = peak_bytes(runs["scores"], device)
             calls |= {(name, mode): Call(lambda _, run=run: run()) for mode, run in runs.items()}  # type: ignore[misc]
         except Exception as error:  # whatever it fails with is its reason to be absent
             reasons[name] = reason(error)
@@ -247,6 +249,7 @@ def measure(case: Case, device: torch.device, deadline: Deadline) -> Iterator[Ro
         reasons |= dict.fromkeys(found, "not timed: leaf failed")
         calls.clear()
     facts = {
+        "op": "token_scores",
         "case": case.name,
         "dims": f"{case.Ds}/{case.Dt}",
         "tokens": case.tokens,

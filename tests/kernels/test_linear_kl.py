@@ -9,6 +9,7 @@ from collections import Counter
 import pytest
 import torch
 import torch.nn.functional as F
+from gpu import GPU_ONLY
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from losses import DIVERGENCES, DS, DT, IMPLS, N, V, as_on_a_gpu, gradients, logits_as_hidden, tensors, weights
@@ -125,7 +126,7 @@ def test_chunked_is_the_specification(
     )
 
 
-@pytest.mark.parametrize("device", ["cpu", "cpu as a gpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("device", ["cpu", "cpu as a gpu", pytest.param("cuda", marks=GPU_ONLY)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("divergence", "beta"), DIVERGENCES)
 def test_error_budget(device, dtype, divergence, beta, monkeypatch):
