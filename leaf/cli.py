@@ -13,7 +13,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from . import __version__
-from .config import STAGES, add_arguments, did_you_mean, from_arguments
+from .arguments import add_arguments, from_arguments
+from .config import STAGES, did_you_mean
 
 if TYPE_CHECKING:
     from .run import Run

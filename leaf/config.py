@@ -1,8 +1,7 @@
-"""`RunConfig`: every option of the pipeline, and the argument parser and YAML reader generated from it."""
+"""`RunConfig`: every option of the pipeline."""
 
 from __future__ import annotations
 
-import argparse
 import difflib
 import functools
 import os
@@ -30,16 +29,6 @@ _MODELS = "select score verify distill eval doctor estimate"
 _ROWS = "select eval doctor estimate"
 _RENDER = "select score verify distill eval doctor estimate"
 _ALL = " ".join(STAGES)
-
-# Short flags for the fields of LeafArguments that are set most; all others go into `training:` of the YAML file.
-TRAINING_FLAGS: dict[str, tuple[str, type]] = {
-    "learning_rate": ("learning_rate", float),
-    "epochs": ("num_train_epochs", float),
-    "batch_size": ("per_device_train_batch_size", int),
-    "gradient_accumulation_steps": ("gradient_accumulation_steps", int),
-    "max_steps": ("max_steps", int),
-    "bf16": ("bf16", bool),
-}
 
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {
@@ -196,7 +185,7 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         for f in fields(self):
-            object.__setattr__(self, f.name, _convert(f.name, getattr(self, f.name)))
+            object.__setattr__(self, f.name, convert(f.name, getattr(self, f.name)))
         object.__setattr__(self, "training", {k: _number(v) for k, v in {**TRAINING_DEFAULTS, **self.training}.items()})
         if self.verify is None:
             object.__setattr__(self, "verify", "both" if self.select == "student_wrong" else "teacher")
@@ -234,77 +223,6 @@ class RunConfig:
         return {
             f.name: getattr(self, f.name) for f in fields(self) if f.metadata["key"] and stage in f.metadata["stages"]
         }
-
-
-def load_yaml(path: str) -> dict[str, Any]:
-    """The mapping in a YAML file of options.
-
-    Raises:
-        ValueError: the file is missing, is not YAML, or holds something other than a mapping.
-    """
-    import yaml
-
-    try:
-        with open(path, encoding="utf-8") as file:
-            values = yaml.safe_load(file)
-    except OSError as error:
-        raise ValueError(f"--config: cannot read {path}: {error.strerror}") from error
-    except yaml.YAMLError as error:
-        raise ValueError(f"--config: {path} is not valid YAML: {error}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"--config: {path} must hold a mapping of options, got {type(values).__name__}")
-    return values
-
-
-def add_arguments(parser: argparse.ArgumentParser, stages: Iterable[str]) -> None:
-    """Add `--config` and a flag for every option that one of `stages` reads. Absent flags leave no attribute."""
-    stages = set(stages)
-    parser.add_argument("--config", metavar="FILE", help="YAML file with the same options; flags override it")
-    for f in fields(RunConfig):
-        if f.name == "training" or not stages.intersection(f.metadata["stages"]):
-            continue
-        accepts = _types()[f.name]
-        flag = "--" + f.name.rstrip("_").replace("_", "-")
-        if accepts.kind is bool:
-            action = argparse.BooleanOptionalAction
-            parser.add_argument(flag, action=action, default=argparse.SUPPRESS, help=f.metadata["help"])
-            continue
-        shown = "" if f.default in (None, ()) else f" (default: {f.default})"
-        parser.add_argument(
-            flag,
-            dest=f.name,
-            default=argparse.SUPPRESS,
-            help=(f.metadata["help"] + shown).replace("%", "%%"),
-            metavar="{" + ",".join(map(str, accepts.words)) + "}" if accepts.closed else accepts.kind.__name__.upper(),
-            nargs="+" if accepts.many else None,
-        )
-    if "distill" in stages:
-        for flag, (name, kind) in TRAINING_FLAGS.items():
-            option = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind}
-            parser.add_argument(
-                "--" + flag.replace("_", "-"),
-                dest=f"training.{name}",
-                default=argparse.SUPPRESS,
-                help=f"training: {name}"
-                + (f" (default: {TRAINING_DEFAULTS[name]})" if name in TRAINING_DEFAULTS else ""),
-                **option,  # type: ignore[arg-type]
-            )
-
-
-def from_arguments(arguments: argparse.Namespace) -> RunConfig:
-    """The `RunConfig` of a parsed command line: flags over `--config` over the defaults."""
-    values = load_yaml(arguments.config) if arguments.config else {}
-    training = dict(_convert("training", values.pop("training", None) or {}))
-    names = {f.name for f in fields(RunConfig)}
-    for name, value in vars(arguments).items():
-        if name.startswith("training."):
-            training[name.removeprefix("training.")] = value
-        elif name in names:
-            if name == "prompt_template":  # a shell passes \n on as two characters; \neq and \nabla stay what they are
-                value = re.sub(r"\\n(?![a-z])", "\n", value)
-            values.pop("lambda" if name == "lambda_" else name, None)
-            values[name] = value
-    return RunConfig.from_mapping({**values, "training": training})
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
@@ -362,7 +280,7 @@ def _check(c: RunConfig) -> None:
             raise ValueError(f"protect: {pattern!r} is not a regular expression: {error}") from error
 
 
-class _Type(NamedTuple):
+class OptionType(NamedTuple):
     """What a field accepts, from its annotation."""
 
     kind: type  # what a value is converted to
@@ -373,23 +291,25 @@ class _Type(NamedTuple):
 
 
 @functools.cache
-def _types() -> dict[str, _Type]:
+def option_types() -> dict[str, OptionType]:
     return {name: _read_annotation(hint) for name, hint in typing.get_type_hints(RunConfig).items()}
 
 
-def _read_annotation(hint: Any) -> _Type:
+def _read_annotation(hint: Any) -> OptionType:
     union = typing.get_origin(hint) in (types.UnionType, typing.Union)
     members = [m for m in (typing.get_args(hint) if union else (hint,)) if m is not type(None)]
     words = tuple(word for m in members if typing.get_origin(m) is Literal for word in typing.get_args(m))
     plain = [typing.get_origin(m) or m for m in members if typing.get_origin(m) is not Literal]
     many = tuple in plain
     kind = str if many else plain[0] if plain else type(words[0])
-    return _Type(kind, words, closed=not plain, many=many, optional=union and len(members) < len(typing.get_args(hint)))
+    return OptionType(
+        kind, words, closed=not plain, many=many, optional=union and len(members) < len(typing.get_args(hint))
+    )
 
 
-def _convert(name: str, value: Any) -> Any:
+def convert(name: str, value: Any) -> Any:
     """`value` in the type of its field: YAML reads `1e-5` as a string and dates as dates; flags are always strings."""
-    wanted = _types()[name]
+    wanted = option_types()[name]
     if value in wanted.words or (value is None and wanted.optional):
         return value
     if wanted.many:

@@ -43,7 +43,7 @@ def threshold(values: list[float], k: int) -> float:
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path]:
-    """What `leaf demo --preset fast --output-dir $LEAF_TEST_DEMO` has just left there; without that variable it runs here."""
+    """What `leaf demo --preset fast --output-dir $LEAF_TEST_DEMO` has left there; run here without that variable."""
     if just_run := os.environ.get("LEAF_TEST_DEMO"):
         return json.loads(Path(just_run, "results.json").read_text()), Path(just_run)
     folder = tmp_path_factory.mktemp("demo")

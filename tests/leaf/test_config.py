@@ -9,7 +9,8 @@ import pathlib
 
 import pytest
 
-from leaf.config import STAGES, RunConfig, add_arguments, from_arguments
+from leaf.arguments import add_arguments, from_arguments
+from leaf.config import STAGES, RunConfig
 
 
 def parse(*argv: str, stages: tuple[str, ...] = STAGES) -> RunConfig:
