@@ -77,23 +77,24 @@ def resumed(folder: pathlib.Path, output: str) -> dict[str, Any]:
     """Goes on; has nothing left but to finish the table; finds it finished; meets a pack that does not fit."""
     signal.alarm(120)
     calls: list[int] = []
-    measure = sensitivity.Scorer._measure
+    attempt = sensitivity.Scorer._try
 
-    def counted(self: Any, batch: Any, in_tiles: bool) -> Any:
+    def counted(self: Any, batch: Any, checkpoints: bool, offload: bool = False) -> Any:
         if self.in_step:
-            assert in_tiles, "a pack without checkpoints"
+            assert checkpoints, "a pack without checkpoints"
             weight = self.layers[0].mlp.up_proj.weight
             calls.append(sum(len(sample.input_ids) for sample in batch))
             assert weight.to_local().numel() * 2 == weight.numel(), "a rank holds half of a layer"
-        return measure(self, batch, in_tiles)
+        return attempt(self, batch, checkpoints, offload)
 
-    sensitivity.Scorer._measure = counted  # type: ignore[method-assign]
+    sensitivity.Scorer._try = counted  # type: ignore[method-assign]
     score(folder, output)
     first = list(calls)
     if os.environ["RANK"] == "0":
         pathlib.Path(output, "score-teacher", "manifest.json").unlink()
     score(folder, output)
     score(folder, output)
+    again = calls[len(first) :]
 
     def too_large(*_: Any, **__: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
@@ -101,7 +102,7 @@ def resumed(folder: pathlib.Path, output: str) -> dict[str, Any]:
     sensitivity.Scorer._measure = too_large  # type: ignore[method-assign]
     with pytest.raises(MemoryError, match="smaller --max-tokens"):
         score(folder, output, dtype="bfloat16")
-    return {"first": first, "again": calls[len(first) :]}
+    return {"first": first, "again": again}
 
 
 def test_shards_through_a_kill_and_unequal_numbers_of_packs(folder: pathlib.Path) -> None:
