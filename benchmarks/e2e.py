@@ -248,9 +248,8 @@ def leaf(pair: Pair, groups: list[Group]) -> Backward:
     return run
 
 
-Loss = Callable[
-    [Pair, torch.Tensor, int], torch.Tensor
-]  # (models, ids [1, L], response_start) -> sum over the response
+# (models, ids [1, L], response_start) -> sum over the response
+Loss = Callable[[Pair, torch.Tensor, int], torch.Tensor]
 
 
 def one_by_one(loss: Loss, pair: Pair, groups: list[Group]) -> Backward:

@@ -29,9 +29,8 @@ from .ragged import ragged_lengths, ragged_starts
 
 Accuracy = tuple[float, float]  # error and budget; (0, 0) where a result has to be exact
 
-TIMES = (
-    4.0  # the error of plain torch; twice what our tests allow, for a machine on which nobody has looked at the numbers
-)
+# The error of plain torch; twice what our tests allow, for a machine on which nobody has looked at the numbers
+TIMES = 4.0
 DS, DT, K = 48, 80, 16  # hidden sizes of student and teacher; entries of the teacher's top K
 
 
