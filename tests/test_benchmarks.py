@@ -249,11 +249,12 @@ def test_without_a_gpu_the_command_says_so(capsys):
 
 def test_table_of_goals(tmp_path):
     assert tables.gpu_attention(tmp_path).startswith("Not measured yet")
-    rows = [row("1b-packed", "forward", "torch_varlen", 1.5), row("1b-packed", "forward", "leaf", 1.0)]
+    ours = {**row("1b-packed", "forward", "leaf", 1.0), "roofline": 0.4}
+    rows = [row("1b-packed", "forward", "torch_varlen", 1.5), ours]
     where = dict.fromkeys(("gpu", "driver", "power_limit_w", "torch", "triton", "commit"), "x")
     anchor = {"case": "anchors", "copy_gb_s": 1.0, "matmul_tflop_s": 2.0, **where}
     path: Path = tmp_path / "some-gpu" / "attention.json"
     timing.write_json(path, {"rows": [anchor, *rows], "goals": attention.verdicts(rows)})
     lines = tables.gpu_attention(tmp_path).splitlines()
-    assert "| A1 | 1b-packed | forward | torch_varlen | 1.50× | – | 1.25× | 1.50× | reached |" in lines
+    assert "| A1 | 1b-packed | forward | torch_varlen | 1.50× | – | 1.25× | 1.50× | 40% | reached |" in lines
     assert any(line.startswith("| A5 |") and line.endswith("not measured: leaf or leaf fused |") for line in lines)
