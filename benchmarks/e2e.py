@@ -447,8 +447,7 @@ class Bench:
                 deadline.check()
                 yield {**facts, "provider": name, "tokens": case.tokens, **self.fits(name, case)}
         else:
-            work = {"flop": flop(self.pair, case.make(self.pair.student.config.vocab_size))}
-            yield from self.time(case, {**facts, "groups": case.groups, **work}, right, absent, deadline)
+            yield from self.time(case, {**facts, "groups": case.groups}, right, absent, deadline)
 
     def time(
         self, case: Case, facts: Row, right: dict[str, dict[str, float]], absent: dict[str, str], deadline: Deadline
@@ -470,6 +469,7 @@ class Bench:
             return
         calls = {name: Call(lambda _, run=run: run()) for name, run in steps.items()}  # type: ignore[misc]
         times, spread = interleave(calls, self.device, deadline, per_round=1)
+        facts["flop"] = flop(self.pair, case.make(self.pair.student.config.vocab_size))
         now = state(self.device)
         for name, timing in times.items():
             own = {**found[name], "gate": "passed", **timing.columns(spread)}

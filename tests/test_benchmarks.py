@@ -187,7 +187,8 @@ def test_rows_describe_themselves_and_absent_peers_say_why(quick):
     assert {mode for _, mode in measured} == {"forward", "backward"}
     for r in measured.values():
         assert r["ms"] > 0
-        assert {"model", "heads", "samples", "aa_spread", "tokens", "token_ratio", "gate"} <= set(r)
+        assert 0 < r["largest_bytes"] < r["peak_bytes"]
+        assert {"model", "heads", "flop", "samples", "aa_spread", "tokens", "token_ratio", "gate"} <= set(r)
     assert {"torch_varlen", "flash_attn"} == {r["provider"] for r in rows if r.get("absent")}
 
 
