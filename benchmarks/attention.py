@@ -31,10 +31,11 @@ import torch.nn.functional as F
 from benchmarks.timing import (
     Call,
     Deadline,
+    Row,
+    allocated,
     environment,
     interleave,
     parser,
-    peak_bytes,
     place,
     reason,
     run_cases,
@@ -174,11 +175,30 @@ def verdicts(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
             "wanted": goal.wanted * factor,
             "stretch": goal.stretch * factor,
             "token_ratio": token_ratio,
+            "roofline": ours[best].get("roofline"),
             "noise": abs(ratio - 1) < 2 * ours[best]["aa_spread"],
             "passed": ratio >= goal.wanted * factor,
             "passed_stretch": ratio >= goal.stretch * factor,
         }
     return out
+
+
+# -- work --------------------------------------------------------------------------------------------------------------
+
+PRODUCTS = {"forward": 2, "backward": 5, "plan+forward": 2, "step": 7}
+
+
+def visible_pairs(layout: SharedPrefixLayout) -> int:
+    """Pairs of a query and a key it sees: L·P + L(L + 1)/2 for a segment of L tokens that has a prefix of P."""
+    return sum((b - a) * prefix + (b - a) * (b - a + 1) // 2 for a, b, _, prefix in layout.spans())
+
+
+def flop(model: Model, layout: SharedPrefixLayout, mode: str, layers: int = 1) -> int:
+    """2·Hq·D per visible pair and product: QKᵀ and PV forward; QKᵀ again, dOVᵀ, PᵀdO, dS K and dSᵀQ backward.
+
+    What a deterministic backward in two kernels ("leaf") computes twice, QKᵀ and dOVᵀ, counts once: it reaches 5/7 at most.
+    """
+    return 2 * model.Hq * model.D * visible_pairs(layout) * PRODUCTS[mode] * layers
 
 
 # -- implementations ---------------------------------------------------------------------------------------------------
@@ -402,19 +422,20 @@ def measure(case: Case, device: torch.device, deadline: Deadline, tuned: bool = 
     torch._dynamo.reset()  # every case compiles for its own shapes, and none counts as a recompilation
     packed, separate = problems(case, device)
     gates = {id(problem): Gate(problem) for problem in (packed, separate)}
-    ready, found, reasons = dict[str, Provider](), dict[str, dict[str, float]](), dict[str, str]()
+    ready, found, reasons = dict[str, Provider](), dict[str, Row](), dict[str, str]()
+    memory = dict[tuple[str, str], Row]()
     for name in names_of(case, tuned):
         deadline.check()
         problem = separate if name in VENDORS else packed
         try:
             provider = PROVIDERS[name](problem)
             errors = gates[id(problem)].check(provider, factor=1 if name in OURS else 2)
-            peak = peak_bytes(lambda provider=provider: call(provider, "step", 1).run(None), device)  # type: ignore[misc]
+            memory |= {(name, mode): allocated(call(provider, mode, case.layers), device) for mode in case.modes}
         except Exception as error:  # whatever a peer fails with is its reason to be absent
             reasons[name] = reason(error)
         else:
             ready[name] = provider
-            found[name] = {"tokens": problem.layout.num_tokens, "step_peak_bytes": peak, **errors}
+            found[name] = {"tokens": problem.layout.num_tokens, **errors}
     facts = {
         "op": "pruned_attention",
         "case": case.name,
@@ -435,17 +456,14 @@ def measure(case: Case, device: torch.device, deadline: Deadline, tuned: bool = 
     for mode in case.modes if ready else ():
         calls = {name: call(provider, mode, case.layers) for name, provider in ready.items()}
         times, spread = interleave(calls, device, deadline)
-        now = state(device)
+        own = {
+            "mode": mode,
+            "flop": flop(case.model, packed.layout, mode, case.layers),
+            "gate": "passed",
+            **state(device),
+        }
         for name, timing in times.items():
-            yield {
-                **facts,
-                "mode": mode,
-                "provider": name,
-                **found[name],
-                **timing.columns(spread),
-                "gate": "passed",
-                **now,
-            }
+            yield {**facts, **own, "provider": name, **found[name], **memory[name, mode], **timing.columns(spread)}
 
 
 def run(

@@ -40,15 +40,16 @@ import torch.nn.functional as F
 from accelerate.utils import send_to_device
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
+from benchmarks import attention
 from benchmarks.timing import (
     Call,
     Deadline,
     Row,
+    allocated,
     environment,
     interleave,
     line,
     parser,
-    peak_bytes,
     place,
     reason,
     run_cases,
@@ -183,6 +184,7 @@ def verdicts(rows: list[Row]) -> list[Row]:
             "at_most": False,
             "wanted": goal.wanted,
             "stretch": goal.stretch,
+            "roofline": times["leaf"].get("roofline") if timed else None,
             "noise": timed and abs(value / goal.wanted - 1) < 2 * times["leaf"]["aa_spread"],
             "passed": value >= goal.wanted,
             "passed_stretch": None if goal.stretch is None else value >= goal.stretch,
@@ -333,6 +335,29 @@ PROVIDERS: dict[str, Callable[[Pair, list[Group]], Backward]] = {
 }
 
 
+# -- work --------------------------------------------------------------------------------------------------------------
+
+
+def flop(pair: Pair, groups: list[Group]) -> int:
+    """Of a step on packs, where a shared prefix is there once; what the optimizer, norms and softmaxes do is not counted.
+
+    The teacher once and the student three times (forward, and backward by inputs and by weights): 2 · tokens · parameters
+    of the linear layers, 2 · response tokens · parameters of the head; attention as `attention.flop` counts, in every layer.
+    """
+    layouts = [pack["layout"] for pack in Collator(MAX_TOKENS, concat=True)(groups)["packs"]]
+    total = 0
+    for model, trained in zip(pair, (True, False)):
+        config, body = model.config, model.base_model
+        linear = sum(m.weight.numel() for m in body.modules() if isinstance(m, torch.nn.Linear))
+        head = model.get_output_embeddings().weight.numel()
+        products = linear * sum(layout.num_tokens for layout in layouts) + head * response_tokens(groups)
+        heads = attention.Model("", config.num_attention_heads, config.num_key_value_heads, config.head_dim)
+        mode, layers = "step" if trained else "forward", config.num_hidden_layers
+        total += 2 * products * (3 if trained else 1)
+        total += sum(attention.flop(heads, layout, mode, layers) for layout in layouts)
+    return total
+
+
 # -- measuring ---------------------------------------------------------------------------------------------------------
 
 
@@ -443,6 +468,7 @@ class Bench:
             return
         calls = {name: Call(lambda _, run=run: run()) for name, run in steps.items()}  # type: ignore[misc]
         times, spread = interleave(calls, self.device, deadline, per_round=1)
+        facts["flop"] = flop(self.pair, case.make(self.pair.student.config.vocab_size))
         now = state(self.device)
         for name, timing in times.items():
             own = {**found[name], "gate": "passed", **timing.columns(spread)}
@@ -451,7 +477,8 @@ class Bench:
     def memory(self, run: Callable[[], None]) -> Row:
         parameters = [p for model in self.pair for p in model.parameters()]
         moments = [x for each in self.optimizer.state.values() for x in each.values()]
-        return {"peak_bytes": sum(x.nbytes for x in (*parameters, *moments)) + peak_bytes(run, self.device, warm=False)}
+        own = allocated(Call(lambda _: run()), self.device, warm=False)
+        return {**own, "peak_bytes": own["peak_bytes"] + sum(x.nbytes for x in (*parameters, *moments))}
 
     def fits(self, name: str, case: Case) -> Row:
         """Whether a step fits; where that follows from other lengths it is not tried."""

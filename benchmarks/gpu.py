@@ -8,7 +8,9 @@
     check        `python -m leaf_kernels.testing`, then `pytest -m gpu`: are the ops right here? Writes check.json
     attention    benchmarks.attention
     kl           benchmarks.linear_kl
+    ce           benchmarks.cross_entropy
     scores       benchmarks.token_scores
+    mass         benchmarks.attention_mass
     e2e          benchmarks.e2e: training steps and the longest context
 
 Each stage is a process of its own, so that a crash takes no other stage with it; it starts no work after nine tenths of what
@@ -48,7 +50,9 @@ ROOT = Path(__file__).parents[1]
 BENCHMARKS = {
     "attention": "benchmarks.attention",
     "kl": "benchmarks.linear_kl",
+    "ce": "benchmarks.cross_entropy",
     "scores": "benchmarks.token_scores",
+    "mass": "benchmarks.attention_mass",
     "e2e": "benchmarks.e2e",
 }
 STAGES = ("check", *BENCHMARKS)

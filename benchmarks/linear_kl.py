@@ -11,6 +11,7 @@ inputs whose logits have a standard deviation of 2.5. Beside its times, every pr
 
     loss_error, dx_error, dw_error   relative, against fp64, on the first 512 rows of the case as a problem of their own
     peak_bytes                       the most that was allocated beyond the inputs; total_bytes: with them
+    largest_bytes                    the largest single allocation
     beyond_bytes                     peak_bytes less dX and the fp32 accumulator of dW, of which a peer without one is
                                      granted the bytes all the same
 
@@ -40,28 +41,12 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from benchmarks.timing import (
-    Call,
-    Deadline,
-    Row,
-    environment,
-    interleave,
-    line,
-    parser,
-    peak_bytes,
-    place,
-    reason,
-    run_cases,
-    state,
-)
+from benchmarks import losses
+from benchmarks.losses import LOGIT_STD, Loss
+from benchmarks.timing import Call, Deadline, Row, environment, line, parser, place, run_cases
 from leaf_kernels import linear_kl
-from leaf_kernels.testing import assert_close_to_fp64
 
 PACKAGES = ("trl", "liger-kernel", "fla-core")
-ACCURACY_ROWS = 512
-LOGIT_STD = 2.5
-SANE = {"loss_error": 0.05, "dx_error": 0.2, "dw_error": 0.2}  # of a peer; far outside of what rounding does
-LOSS_FLOOR = 1e-5  # of ours: plain torch may be right by chance, the loss is one number
 
 
 # -- cases -------------------------------------------------------------------------------------------------------------
@@ -158,6 +143,7 @@ def verdicts(rows: Iterable[Row]) -> list[Row]:
             "at_most": at_most,
             "wanted": goal.wanted,
             "stretch": goal.stretch,
+            "roofline": both[0].get("roofline") if timed else None,
             "noise": timed and abs(value / goal.wanted - 1) < 2 * both[0]["aa_spread"],
             "passed": _met(value, goal.wanted, at_most),
             "passed_stretch": None if goal.stretch is None else _met(value, goal.stretch, at_most),
@@ -215,9 +201,28 @@ class Problem(NamedTuple):
         )
 
     def flop(self) -> int:
-        """Of the products that nobody can leave out: z, dX, dW of the student, z of the teacher."""
+        """Of the products that nobody can leave out: 6·M·V·Ds for z, dX, dW of the student, 2·M·V·Dt for z of the teacher.
+
+        M are the rows that count; without a dW 4·M·V·Ds.
+        """
         (V, Ds), Dt = self.student_weight.shape, self.teacher_weight.shape[1]
         return 2 * len(self.rows) * V * ((1 + len(self.trained)) * Ds + Dt)
+
+    def oracle(self) -> list[torch.Tensor]:
+        """[loss, dX, dW] in fp64, a few rows at a time; without dW where the weight is frozen."""
+        weights = [x.detach().double() for x in (self.student_weight, self.teacher_weight)]
+        dx = torch.zeros_like(self.student_hidden, dtype=torch.float64, requires_grad=False)
+        dw, loss = torch.zeros_like(weights[0]), dx.new_zeros(())
+        for rows in self.rows.split(128):
+            student, teacher = (x.detach()[rows].double() for x in (self.student_hidden, self.teacher_hidden))
+            logits = (student @ weights[0].T).requires_grad_()
+            log_teacher = F.log_softmax(teacher @ weights[1].T, -1)
+            value = divergence(F.log_softmax(logits, -1), log_teacher, self.beta).sum() / len(self.rows)
+            (gradient,) = torch.autograd.grad(value, logits)
+            dx[rows] = gradient @ weights[0]
+            dw += gradient.T @ student
+            loss += value.detach()
+        return [loss, dx, dw] if self.student_weight.requires_grad else [loss, dx]
 
 
 def make(case: Case, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> Problem:
@@ -234,8 +239,6 @@ def make(case: Case, device: torch.device, dtype: torch.dtype = torch.bfloat16) 
 
 
 # -- implementations ---------------------------------------------------------------------------------------------------
-
-Loss = Callable[[], torch.Tensor]  # a scalar to differentiate by `Problem.trained`
 
 
 def leaf(problem: Problem) -> Loss:
@@ -349,12 +352,6 @@ PROVIDERS: dict[str, Callable[[Problem], Loss]] = {
 }
 
 
-def step(loss: Loss, problem: Problem) -> list[torch.Tensor]:
-    """[loss, dX, dW], without dW where the weight is frozen."""
-    value = loss()
-    return [value.detach(), *torch.autograd.grad(value, problem.trained)]
-
-
 def observed_chunk_rows(run: Callable[[], object], problem: Problem) -> int:
     """How many rows at a time ours multiplies by the student's weight. Watched, as the choice is its own business."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as profile:
@@ -395,132 +392,23 @@ def gemms(problem: Problem, chunk_rows: int) -> Callable[[], None]:
 # -- measuring ---------------------------------------------------------------------------------------------------------
 
 
-def oracle(problem: Problem) -> list[torch.Tensor]:
-    """[loss, dX, dW] in fp64, a few rows at a time."""
-    weights = [x.detach().double() for x in (problem.student_weight, problem.teacher_weight)]
-    dx = torch.zeros_like(problem.student_hidden, dtype=torch.float64, requires_grad=False)
-    dw, loss = torch.zeros_like(weights[0]), dx.new_zeros(())
-    for rows in problem.rows.split(128):
-        student, teacher = (x.detach()[rows].double() for x in (problem.student_hidden, problem.teacher_hidden))
-        logits = (student @ weights[0].T).requires_grad_()
-        log_teacher = F.log_softmax(teacher @ weights[1].T, -1)
-        value = divergence(F.log_softmax(logits, -1), log_teacher, problem.beta).sum() / len(problem.rows)
-        (gradient,) = torch.autograd.grad(value, logits)
-        dx[rows] = gradient @ weights[0]
-        dw += gradient.T @ student
-        loss += value.detach()
-    return [loss, dx, dw] if problem.student_weight.requires_grad else [loss, dx]
-
-
-class Gate:
-    """Errors against fp64 on a problem of few rows; `check` raises AssertionError where they are not acceptable."""
-
-    def __init__(self, problem: Problem):
-        self.problem, self.oracle = problem, oracle(problem)
-        self.plain = step(eager(problem), problem)
-
-    def errors(self, result: list[torch.Tensor]) -> dict[str, float]:
-        pairs = zip(SANE, result, self.oracle)
-        return {name: float((x.double() - exact).norm() / exact.norm()) for name, x, exact in pairs}
-
-    def check(self, name: str) -> dict[str, float]:
-        result = step(PROVIDERS[name](self.problem), self.problem)
-        errors, bounds = self.errors(result), SANE
-        if name == "leaf":
-            for what, *tensors in zip(("dX", "dW"), result[1:], self.plain[1:], self.oracle[1:]):
-                try:
-                    assert_close_to_fp64(*tensors)
-                except AssertionError as error:
-                    raise AssertionError(f"{what}: {error}") from error
-            bounds = SANE | {"loss_error": 2 * self.errors(self.plain)["loss_error"] + LOSS_FLOOR}
-        for what, error in errors.items():
-            if not error <= bounds[what]:
-                raise AssertionError(f"{what} {error:.2e} is above {bounds[what]:.2e}")
-        return errors
-
-
-def memory(run: Callable[[], list[torch.Tensor]], problem: Problem) -> dict[str, int]:
-    """Bytes allocated at most in one step."""
-    peak = peak_bytes(run, problem.rows.device)
-    inputs = sum(x.nbytes for x in problem[:5])
-    gradients = sum(x.numel() * size for x, size in zip(problem.trained, (problem.student_hidden.element_size(), 4)))
-    return {"peak_bytes": peak, "beyond_bytes": peak - gradients, "total_bytes": peak + inputs}
+def products(problem: Problem, ours: Call) -> tuple[int, Callable[[], None]]:
+    """Rows per chunk of ours, and its matrix products in such chunks."""
+    chunk_rows = observed_chunk_rows(lambda: ours.run(None), problem)
+    return chunk_rows, gemms(problem, chunk_rows)
 
 
 def measure(case: Case, device: torch.device, deadline: Deadline) -> Iterator[Row]:
-    """Rows of one case: what met its bounds, and the reason for what did not or is not there.
-
-    Without ours nothing is timed. Raises OutOfTime.
-    """
-    torch._dynamo.reset()  # every case compiles for its own shapes, and none counts as a recompilation
-    problem = make(case, device)
-    few = problem.first(ACCURACY_ROWS)
-    found, reasons, calls = dict[str, Row](), dict[str, str](), dict[str, Call]()
-
-    def attempt(name: str, run: Callable[[], None]) -> None:
-        deadline.check()
-        try:
-            run()
-        except Exception as error:  # whatever a peer fails with is its reason to be absent
-            reasons[name] = reason(error)
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
-
-    def accuracy(name: str, gate: Gate) -> None:
-        found[name] = {**gate.check(name), "accuracy_rows": len(few.rows), "gate": "passed"}
-
-    def full_size(name: str) -> None:
-        run = partial(step, PROVIDERS[name](problem), problem)
-        found[name] |= memory(run, problem)
-        calls[name] = Call(lambda _: run())
-
-    def products() -> None:
-        chunk_rows = observed_chunk_rows(lambda: calls["leaf"].run(None), problem)
-        found["leaf"]["chunk_rows"] = chunk_rows
-        run = gemms(problem, chunk_rows)
-        found["gemms"] = {"chunk_rows": chunk_rows, "gate": "none: no loss"}
-        calls["gemms"] = Call(lambda _: run())
-
-    gate = Gate(few)
-    for name in PROVIDERS:
-        attempt(name, partial(accuracy, name, gate))
-    del gate  # its fp64 tensors are large
-    for name in list(found):
-        attempt(name, partial(full_size, name))
+    """Rows of one case; see `losses.measure`."""
     facts = {
         "op": "linear_kl",
         "case": case.name,
         "dims": f"{case.Ds}/{case.Dt}/{case.V}",
         "tokens": case.N,
-        "rows": len(problem.rows),
         "divergence": f"jsd {case.beta}" if case.beta else "forward_kl",
         "frozen": case.frozen,
-        "dtype": "bfloat16",
-        "flop": problem.flop(),
     }
-    if "leaf" not in calls:
-        reasons |= {name: "not timed: leaf failed" for name in calls}
-        calls.clear()
-    elif case.timed:
-        attempt("gemms", products)
-    for name, why in reasons.items():
-        yield {**facts, "provider": name, "absent": why}
-    times, spread = interleave(calls, device, deadline) if case.timed and calls else ({}, 0.0)
-    now = state(device)
-    for name in calls:
-        row: Row = {**facts, "provider": name, **found[name], **now}
-        if name in times:
-            row |= times[name].columns(spread)
-        yield row
-
-
-def rooflines(rows: list[Row]) -> Iterator[str]:
-    """Our time next to that of the same products at the speed of the device's largest product."""
-    speed = {row["case"]: row.get("matmul_tflop_s") for row in rows}.get("anchors")
-    for row in rows:
-        if speed and row.get("provider") == "leaf" and "ms" in row:
-            floor = row["flop"] / speed / 1e9
-            yield f"{row['case']}: floor {floor:.2f} ms, leaf {row['ms']:.2f} ms, {row['ms'] / floor:.2f}x"
+    return losses.measure(make(case, device), facts, PROVIDERS, deadline, timed=case.timed, products=products)
 
 
 def run(
@@ -541,7 +429,7 @@ def run(
         CASES,
         lambda case, deadline: measure(case, device, deadline),
         verdicts,
-        lambda rows: [*rooflines(rows), *map(line, verdicts(rows))],
+        lambda rows: map(line, verdicts(rows)),
         resume=resume,
         only=only,
     )

@@ -1,9 +1,10 @@
 """What the CPU cases of `pytest benchmarks/` share: a gate, then memory, then interleaved times of several implementations.
 
 A case is one pytest-benchmark test. Its `extra_info["rows"]` has a row per implementation, in the words of the GPU
-benchmarks (`benchmarks.timing`): what was run where, median and quantiles, the peak of allocated bytes beyond the inputs,
-errors against fp64. Implementations take turns, so that whatever else the machine does treats them alike. pytest-benchmark
-times ours ("leaf") once more at the end of every round: how far its median is from the one before is the A–A spread.
+benchmarks (`benchmarks.timing`): what was run where, median and quantiles, the peak of allocated bytes beyond the inputs
+and the largest single allocation, errors against fp64. Implementations take turns, so that whatever else the machine does
+treats them alike. pytest-benchmark times ours ("leaf") once more at the end of every round: how far its median is from the
+one before is the A–A spread.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks.timing import ROUNDS, Row, Timing, environment, peak_bytes
+from benchmarks.timing import ROUNDS, Call, Row, Timing, allocated, environment
 
 THREADS = 1  # a machine that also does something else has one core to spare rather than all
 CPU = torch.device("cpu")
@@ -37,7 +38,8 @@ def compare(benchmark: Any, arms: dict[str, Arm], **facts: Any) -> dict[str, Row
     rows: dict[str, Row] = {}
     for name, arm in arms.items():
         errors = arm.check()
-        rows[name] = {**facts, "provider": name, **errors, "gate": "passed", "peak_bytes": peak_bytes(arm.run, CPU)}
+        memory = allocated(Call(lambda _, arm=arm: arm.run()), CPU)  # type: ignore[misc]
+        rows[name] = {**facts, "provider": name, **errors, "gate": "passed", **memory, "roofline": None}
     seconds: dict[str, list[float]] = {name: [] for name in arms}
 
     def everyone() -> None:

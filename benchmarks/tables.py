@@ -114,11 +114,11 @@ def long_readme(results: dict[str, Any]) -> str:
     )
 
 
-BOUNDED = ["goal", "case", "what", "got", "wanted", "stretch", "verdict"]
+BOUNDED = ["goal", "case", "what", "got", "wanted", "stretch", "roofline", "verdict"]
 
 
 def gpu_attention(results: Path = RESULTS) -> str:
-    header = ["goal", "case", "mode", "against", "split", "fused", "wanted", "stretch", "verdict"]
+    header = ["goal", "case", "mode", "against", "split", "fused", "wanted", "stretch", "roofline", "verdict"]
     return gpu_goals(results, "attention", header, goal_row)
 
 
@@ -134,8 +134,38 @@ def gpu_e2e(results: Path = RESULTS) -> str:
     return gpu_goals(results, "e2e", BOUNDED, bounded_row)
 
 
+def gpu_cross_entropy(results: Path = RESULTS) -> str:
+    return per_gpu(results, "cross_entropy", provider_table)
+
+
+def gpu_attention_mass(results: Path = RESULTS) -> str:
+    return per_gpu(results, "attention_mass", provider_table)
+
+
 def gpu_goals(results: Path, name: str, header: list[str], row: Callable[[dict[str, Any]], list[str]]) -> str:
-    """One table of goals per GPU that was measured."""
+    return per_gpu(results, name, lambda measured: markdown(header, [row(goal) for goal in measured["goals"]]))
+
+
+def provider_table(measured: dict[str, Any]) -> str:
+    """Every implementation beside ours, and why one is absent."""
+    found = [row for row in measured["rows"] if "provider" in row]
+    ours = {row["case"]: row["ms"] for row in found if row["provider"] == "leaf" and "ms" in row}
+    rows = []
+    for row in found:
+        head = [row["case"], "**ours**" if row["provider"] == "leaf" else row["provider"]]
+        if "absent" in row:
+            rows.append([*head, *["–"] * 6, f"absent: {row['absent']}"])
+            continue
+        memory = [mib(row, column) for column in ("peak_bytes", "largest_bytes")]
+        error = max(value for column, value in row.items() if column.endswith("_error"))
+        times = [f"{row['ms']:.2f}", f"{row['ms'] / ours[row['case']]:.2f}", f"{row['aa_spread']:.0%}"]
+        rows.append([*head, *times, fraction(row), *memory, f"{error:.0e}"])
+    header = ["case", "", "ms", "÷ ours", "noise", "roofline", "peak, MiB", "largest, MiB", "error"]
+    return markdown(header, rows)
+
+
+def per_gpu(results: Path, name: str, table: Callable[[dict[str, Any]], str]) -> str:
+    """One table per GPU that was measured."""
     parts = []
     for path in sorted(results.glob(f"*/{name}.json")):
         measured = json.loads(path.read_text())
@@ -146,13 +176,22 @@ def gpu_goals(results: Path, name: str, header: list[str], row: Callable[[dict[s
             f"matmul {anchor['matmul_tflop_s']:.0f} TFLOP/s), torch {where['torch']}, triton {where['triton']}, commit "
             f"`{where['commit'][:12]}`:"
         )
-        parts.append(markdown(header, [row(goal) for goal in measured["goals"]]))
+        parts.append(table(measured))
     return "\n\n".join(parts) or "Not measured yet: nobody has run this on a GPU and committed the result."
+
+
+def mib(row: dict[str, Any], column: str) -> str:
+    return "–" if row.get(column) is None else f"{row[column] / 2**20:.0f}"
+
+
+def fraction(row: dict[str, Any]) -> str:
+    """Of the roofline; files of before it was measured have none."""
+    return f"{row['roofline']:.0%}" if row.get("roofline") else "–"
 
 
 def goal_row(goal: dict[str, Any]) -> list[str]:
     if goal["passed"] is None:
-        return [goal["goal"], goal["case"], goal["mode"], *["–"] * 5, goal["reason"]]
+        return [goal["goal"], goal["case"], goal["mode"], *["–"] * 6, goal["reason"]]
     verdict = "reached" if goal["passed"] else "missed"
     ratios = [f"{goal['ratios'][name]:.2f}×" if name in goal["ratios"] else "–" for name in ("leaf", "leaf fused")]
     return [
@@ -160,17 +199,18 @@ def goal_row(goal: dict[str, Any]) -> list[str]:
         *ratios,
         f"{goal['wanted']:.2f}×",
         f"{goal['stretch']:.2f}×",
+        fraction(goal),
         verdict + (", within noise of 1" if goal["noise"] else ""),
     ]
 
 
 def bounded_row(goal: dict[str, Any]) -> list[str]:
     if goal["passed"] is None:
-        return [goal["goal"], goal["case"], goal["what"], *["–"] * 3, goal["reason"]]
+        return [goal["goal"], goal["case"], goal["what"], *["–"] * 4, goal["reason"]]
     sign, verdict = "≤" if goal["at_most"] else "≥", "reached" if goal["passed"] else "missed"
     bounds = ["–" if goal[name] is None else f"{sign} {goal[name]:.2f}" for name in ("wanted", "stretch")]
     noise = ", within noise" if goal["noise"] else ""
-    return [goal["goal"], goal["case"], goal["what"], f"{goal['value']:.2f}", *bounds, verdict + noise]
+    return [goal["goal"], goal["case"], goal["what"], f"{goal['value']:.2f}", *bounds, fraction(goal), verdict + noise]
 
 
 def cpu_suite(results: dict[str, Any], *ops: str) -> str:
@@ -191,7 +231,7 @@ def cpu_suite(results: dict[str, Any], *ops: str) -> str:
                     f"{row['p20_ms']:.0f}–{row['p80_ms']:.0f}",
                     f"{row['ms'] / arms['leaf']['ms']:.2f}",
                     f"{row['aa_spread']:.0%}",
-                    f"{row['peak_bytes'] / 2**20:.0f}",
+                    *(mib(row, column) for column in ("peak_bytes", "largest_bytes")),
                     f"{error:.0e}",
                 ]
             )
@@ -199,9 +239,9 @@ def cpu_suite(results: dict[str, Any], *ops: str) -> str:
     caption = (
         f"{last['threads']} thread of {cpu}, torch {last['torch']}, commit `{last['commit'][:12]}`; medians of "
         f"{last['rounds']} interleaved rounds, the machine not otherwise idle. *noise* is how far two medians of ours are "
-        "apart, *peak* what is allocated beyond the inputs."
+        "apart, *peak* what is allocated beyond the inputs, *largest* the largest single allocation."
     )
-    header = ["op", "case", "", "ms", "20–80 %", "÷ ours", "noise", "peak, MiB", "error"]
+    header = ["op", "case", "", "ms", "20–80 %", "÷ ours", "noise", "peak, MiB", "largest", "error"]
     return "\n\n".join([caption, markdown(header, rows)])
 
 
@@ -325,7 +365,9 @@ def documents() -> dict[Path, dict[str, str]]:
         docs / "gpu.md": {
             "gpu-attention": gpu_attention(),
             "gpu-linear-kl": gpu_linear_kl(),
+            "gpu-cross-entropy": gpu_cross_entropy(),
             "gpu-token-scores": gpu_token_scores(),
+            "gpu-attention-mass": gpu_attention_mass(),
             "gpu-e2e": gpu_e2e(),
         },
     }

@@ -11,17 +11,17 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from benchmarks import attention, estimate, gpu, linear_kl, token_scores
+from benchmarks import attention, cross_entropy, estimate, gpu, linear_kl, losses, token_scores
 from benchmarks.suite import CPU, Arm, compare, ratio, relative
 from benchmarks.timing import RESULTS, environment, slug
-from leaf_kernels import SharedPrefixLayout, attention_mass, linear_cross_entropy
+from leaf_kernels import SharedPrefixLayout, attention_mass
 from leaf_kernels.testing import assert_close_to_fp64
 
 SAVES = 4  # a loss that makes all logits needs at least this many times our memory
@@ -38,56 +38,34 @@ KL_CASES = (
 )
 
 
+def loss_arms(problem: losses.Problem, providers: losses.Providers, names: Iterable[str]) -> dict[str, Arm]:
+    gate = losses.Gate(problem.first(losses.ACCURACY_ROWS), providers)
+
+    def arm(name: str) -> Arm:
+        return Arm(partial(losses.step, providers[name](problem), problem), partial(gate.check, name))
+
+    return {name: arm(name) for name in names}
+
+
 @on_cpu
 @pytest.mark.parametrize("case", KL_CASES, ids=lambda case: case.name)
 def test_linear_kl(benchmark, case):
     """A step: the loss, and the gradients of the student's hidden states and head."""
     problem = linear_kl.make(case, CPU, torch.float32)
-    gate = linear_kl.Gate(problem.first(linear_kl.ACCURACY_ROWS))
-
-    def arm(name: str) -> Arm:
-        return Arm(partial(linear_kl.step, linear_kl.PROVIDERS[name](problem), problem), partial(gate.check, name))
-
+    arms = loss_arms(problem, linear_kl.PROVIDERS, ("leaf", "eager", "released"))
     facts = {"op": "linear_kl", "mode": "step", "case": case.name, "tokens": case.N, "rows": len(problem.rows)}
-    rows = compare(benchmark, {name: arm(name) for name in ("leaf", "eager", "released")}, **facts)
+    rows = compare(benchmark, arms, **facts)
     assert ratio(rows, "peak_bytes", "released") >= SAVES
 
 
 @on_cpu
-def test_linear_cross_entropy(benchmark):
+@pytest.mark.parametrize("case", [cross_entropy.Case("Llama-3.2-1B", 256, 16032, N=4096, kept=0.25)])
+def test_linear_cross_entropy(benchmark, case):
     """A step of the usual loss on responses, a quarter of the tokens. Everybody else makes the logits of all of them."""
-    N, V, D = 4096, 16032, 256
-    generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(N, D, generator=generator).requires_grad_()
-    weight = (torch.randn(V, D, generator=generator) * 2.5 * D**-0.5).requires_grad_()
-    labels = torch.randint(V, (N,), generator=generator)
-    labels[torch.arange(N) % 1024 < 768] = -100
-    count = int((labels != -100).sum())
-
-    def ours(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
-        return linear_cross_entropy(x, w, labels).loss / count
-
-    def eager(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
-        return F.cross_entropy(F.linear(x, w), labels)
-
-    def step(loss: Callable[..., torch.Tensor], dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
-        leaves = [x.detach().to(dtype).requires_grad_() for x in (hidden, weight)]
-        value = loss(*leaves)
-        return [value.detach(), *torch.autograd.grad(value, leaves)]
-
-    oracle, plain = step(eager, torch.float64), step(eager)
-
-    def check(loss: Callable[..., torch.Tensor]) -> dict[str, float]:
-        result = step(loss)
-        for tensors in zip(result[1:], plain[1:], oracle[1:]):
-            assert_close_to_fp64(*tensors)
-        errors = dict(zip(("loss_error", "dx_error", "dw_error"), map(relative, result, oracle)))
-        assert errors["loss_error"] < linear_kl.LOSS_FLOOR
-        return errors
-
-    arms = {name: Arm(partial(step, loss), partial(check, loss)) for name, loss in (("leaf", ours), ("eager", eager))}
-    facts = {"op": "linear_cross_entropy", "mode": "step", "case": "Llama-3.2-1B", "tokens": N, "rows": count}
-    rows = compare(benchmark, arms, **facts)
+    problem = cross_entropy.make(case, CPU, torch.float32)
+    arms = loss_arms(problem, cross_entropy.PROVIDERS, ("leaf", "eager"))
+    facts = {"op": "linear_cross_entropy", "mode": "step", "case": case.name, "tokens": case.N}
+    rows = compare(benchmark, arms, **facts, rows=len(problem.rows))
     assert ratio(rows, "peak_bytes", "eager") >= SAVES
 
 

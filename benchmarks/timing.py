@@ -15,14 +15,14 @@ import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 from leaf_kernels._runtime.launch import slug
-from leaf_kernels.testing import record_peak_bytes
+from leaf_kernels.testing import AllocationRecorder
 
 RESULTS = Path(__file__).parent / "results"
 ROUNDS, PER_ROUND = 5, 10  # 50 samples of every call
@@ -120,19 +120,40 @@ def _sample(call: Call, device: torch.device, scratch: torch.Tensor, count: int)
     return [start.elapsed_time(end) for start, end in marks[1:]]
 
 
-def peak_bytes(run: Callable[[], object], device: torch.device, warm: bool = True) -> int:
-    """The most that one run holds beyond what was there. `warm`: after a run in which compilation and cuBLAS allocate."""
+def allocated(call: Call, device: torch.device, warm: bool = True) -> Row:
+    """Columns of what one run allocates beyond what was there: the most at one time, and the largest single allocation.
+
+    Tensors of our operators count like those of everybody else. On a CPU they are those that torch's dispatcher sees; on
+    CUDA all that is asked of torch's allocator, the libraries' and Triton code's as well. `warm`: after a run in which
+    compilation and cuBLAS allocate.
+    """
     if warm:
+        call.run(call.setup())
+    state = call.setup()
+    if device.type != "cuda":
+        with AllocationRecorder() as recorder:
+            call.run(state)
+        return {"peak_bytes": recorder.peak, "largest_bytes": recorder.largest}
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    largest = _largest_allocation(lambda: call.run(state), device)
+    return {"peak_bytes": torch.cuda.max_memory_allocated(device) - before, "largest_bytes": largest}
+
+
+def _largest_allocation(run: Callable[[], object], device: torch.device) -> int | None:
+    """From the history of torch's CUDA allocator; None where it keeps none."""
+    history = torch.cuda.memory
+    if history.get_allocator_backend() != "native":
         run()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
+        return None
+    history._record_memory_history(context=None, stacks="python")  # sizes, no tracebacks
+    try:
         run()
-        return torch.cuda.max_memory_allocated(device) - before
-    with record_peak_bytes() as peak:
-        run()
-    return peak[0]
+        entries = history._snapshot()["device_traces"][torch.cuda.device(device).idx]
+    finally:
+        history._record_memory_history(enabled=None)
+    return max((entry["size"] for entry in entries if entry["action"] == "alloc"), default=None)
 
 
 def anchors(device: torch.device, deadline: Deadline) -> dict[str, float]:
@@ -151,6 +172,18 @@ def anchors(device: torch.device, deadline: Deadline) -> dict[str, float]:
         "matmul_tflop_s": 2 * n**3 / times["matmul"].median / 1e9,
         "aa_spread": spread,
     }
+
+
+def floor_ms(row: Row, anchor: Row) -> float | None:
+    """What the work of a row takes at least: its `flop` at the speed of the anchor's matmul, or its `bytes` at that of its
+    copy, whichever is longer. None where the row states neither, and on a CPU, where the anchors are no roofline.
+
+    Both are those of the case, whatever an implementation computes or reads beyond: fractions of a case compare like times.
+    """
+    if anchor["gpu"] == "none":
+        return None
+    speeds = {"flop": 1e9 * anchor["matmul_tflop_s"], "bytes": 1e6 * anchor["copy_gb_s"]}
+    return max((row[what] / speed for what, speed in speeds.items() if what in row), default=None)
 
 
 # -- what ran where ----------------------------------------------------------------------------------------------------
@@ -249,6 +282,13 @@ def line(verdict: Row) -> str:
     return f"{head}{verdict['value']:.2f}, wanted {bound}: {word}" + (", within noise" if verdict["noise"] else "")
 
 
+def rooflines(rows: Iterable[Row]) -> Iterator[str]:
+    """How much of the roofline our times are."""
+    for row in rows:
+        if row.get("provider") == "leaf" and row.get("roofline"):
+            yield f"{row['case']}, {row['mode']}: {row['ms']:.3f} ms, {row['roofline']:.0%} of the roofline"
+
+
 def parser(description: str | None, cases: Iterable[str]) -> argparse.ArgumentParser:
     """The options that every GPU benchmark has."""
     options = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -278,8 +318,8 @@ def run_cases(
     where: Row,
     cases: Iterable[Any],
     measure: Callable[[Any, Deadline], Iterable[Row]],
-    verdicts: Callable[[list[Row]], list[Row]],
-    summary: Callable[[list[Row]], Iterable[str]],
+    verdicts: Callable[[list[Row]], list[Row]] = lambda rows: [],
+    summary: Callable[[list[Row]], Iterable[str]] = lambda rows: (),
     *,
     resume: bool,
     only: Iterable[str],
@@ -288,7 +328,8 @@ def run_cases(
     """Measures the cases into `path`, case by case. True: every case is there, and our implementation ("leaf") in each.
 
     A case has a `name`, and `tiny()` for a CPU. `where` is the environment; `summary` says the outcome in lines.
-    `rows`, empty, collects the rows, for a `measure` that goes by those before.
+    `rows`, empty, collects the rows, for a `measure` that goes by those before. Every row with a time gets its `roofline`:
+    `floor_ms` by the anchors of this run over that time, or None.
     """
     cases, deadline, rows = list(cases), Deadline(budget), [] if rows is None else rows
     if resume and path.exists():  # only what was measured by the same code on the same machine goes on
@@ -296,7 +337,13 @@ def run_cases(
     done, todo = {row["case"] for row in rows}, ["anchors", *(only or (case.name for case in cases))]
 
     def add(new: Iterable[Row]) -> None:
-        rows.extend([{**row, **where} for row in new])
+        new = [{**row, **where} for row in new]
+        anchor = next(row for row in (*rows, *new) if row["case"] == "anchors")
+        for row in new:
+            if "ms" in row:
+                floor = floor_ms(row, anchor)
+                row["roofline"] = floor and floor / row["ms"]
+        rows.extend(new)
         write_json(path, {"rows": rows, "goals": verdicts(rows)})
 
     try:
@@ -313,7 +360,7 @@ def run_cases(
     for row in rows:
         if "absent" in row:
             print(f"{row['case']}: {row['provider']} is absent: {row['absent']}")
-    for line in summary(rows):
+    for line in [*rooflines(rows), *summary(rows)]:
         print(line)
     print(f"{path}: " + (f"still to measure: {', '.join(missing)}" if missing else "complete"))
     return not missing and not any(row["provider"] == "leaf" for row in rows if "absent" in row)

@@ -31,11 +31,11 @@ from benchmarks.timing import (
     Call,
     Deadline,
     Row,
+    allocated,
     environment,
     interleave,
     line,
     parser,
-    peak_bytes,
     place,
     reason,
     run_cases,
@@ -128,6 +128,7 @@ def verdicts(rows: Iterable[Row]) -> list[Row]:
             "at_most": at_most,
             "wanted": goal.wanted,
             "stretch": goal.stretch,
+            "roofline": ours.get("roofline"),
             "noise": abs(value / goal.wanted - 1) < 2 * ours["aa_spread"],
             "passed": passed,
             "passed_stretch": stretch,
@@ -142,6 +143,10 @@ class Problem(NamedTuple):
     teacher: torch.Tensor  # [N, Dt]
     student: torch.Tensor  # [N, Ds]
     segment_starts: torch.Tensor  # [S + 1] int32
+
+    def nbytes(self) -> int:
+        """Which have to be read: N·(Dt + Ds) elements, once. What is written, a few numbers per token, is not counted."""
+        return self.teacher.nbytes + self.student.nbytes
 
 
 def make(case: Case, device: torch.device) -> Problem:
@@ -234,15 +239,17 @@ def measure(case: Case, device: torch.device, deadline: Deadline) -> Iterator[Ro
     problem = make(case, device)
     exact = oracle(problem)
     found, reasons = dict[str, dict[str, float]](), dict[str, str]()
-    calls = dict[tuple[str, str], Call]()
+    calls, memory = dict[tuple[str, str], Call](), dict[tuple[str, str], Row]()
     for name, provider in PROVIDERS.items():
         deadline.check()
         try:
             runs = {mode: provider(problem, mode) for mode in MODES}
             runs["scores"]()  # compiles
-            found[name] = check(runs["select"](), exact, problem)  # type: ignore[arg-type]
-            found[name]["scores_peak_bytes"] = peak_bytes(runs["scores"], device)
-            calls |= {(name, mode): Call(lambda _, run=run: run()) for mode, run in runs.items()}  # type: ignore[misc]
+            errors = check(runs["select"](), exact, problem)  # type: ignore[arg-type]
+            own = {(name, mode): Call(lambda _, run=run: run()) for mode, run in runs.items()}  # type: ignore[misc]
+            memory |= {key: allocated(call, device) for key, call in own.items()}
+            calls |= own
+            found[name] = errors
         except Exception as error:  # whatever it fails with is its reason to be absent
             reasons[name] = reason(error)
     if "leaf" not in found:
@@ -255,7 +262,7 @@ def measure(case: Case, device: torch.device, deadline: Deadline) -> Iterator[Ro
         "tokens": case.tokens,
         "segments": len(problem.segment_starts) - 1,
         "dtype": "bfloat16",
-        "bytes": problem.teacher.nbytes + problem.student.nbytes,  # which have to be read
+        "bytes": problem.nbytes(),
     }
     for name, why in reasons.items():
         yield {**facts, "provider": name, "absent": why}
@@ -265,18 +272,8 @@ def measure(case: Case, device: torch.device, deadline: Deadline) -> Iterator[Ro
     times, spread = interleave(named, device, deadline)
     now = state(device)
     for name, mode in calls:
-        timing = times[f"{name} {mode}"].columns(spread)
-        yield {**facts, "provider": name, "mode": mode, "gate": "passed", **found[name], **timing, **now}
-
-
-def rooflines(rows: list[Row]) -> Iterator[str]:
-    """Our time next to that of reading the gradients at the speed at which this device copies."""
-    speed = {row["case"]: row.get("copy_gb_s") for row in rows}.get("anchors")
-    for row in rows:
-        if speed and row.get("provider") == "leaf" and "ms" in row:
-            floor = row["bytes"] / speed / 1e6
-            what = f"{row['case']}, {row['mode']}"
-            yield f"{what}: floor {floor:.3f} ms, leaf {row['ms']:.3f} ms, {row['ms'] / floor:.2f}x"
+        own = {**found[name], **memory[name, mode], **times[f"{name} {mode}"].columns(spread)}
+        yield {**facts, "provider": name, "mode": mode, "gate": "passed", **own, **now}
 
 
 def run(
@@ -297,7 +294,7 @@ def run(
         CASES,
         lambda case, deadline: measure(case, device, deadline),
         verdicts,
-        lambda rows: [*rooflines(rows), *map(line, verdicts(rows))],
+        lambda rows: map(line, verdicts(rows)),
         resume=resume,
         only=only,
     )

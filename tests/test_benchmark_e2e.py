@@ -173,6 +173,8 @@ def test_a_run_measures_goes_on_and_fills_its_table(quick, tmp_path, capsys, mon
         assert row["ms"] > 0
         assert row["gate"] == "passed"
         assert row["peak_bytes"] > 10**6
+        assert 0 < row["largest_bytes"] < row["peak_bytes"]
+        assert row["flop"] > 10**7
         assert {"loss_error", "gradient_error", "mode", "aa_spread", "samples", "commit", "transformers"} <= set(row)
     assert {row["provider"] for row in first if "absent" in row} == {"trl_gkd", "liger"}
 

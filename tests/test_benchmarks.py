@@ -187,7 +187,8 @@ def test_rows_describe_themselves_and_absent_peers_say_why(quick):
     assert {mode for _, mode in measured} == {"forward", "backward"}
     for r in measured.values():
         assert r["ms"] > 0
-        assert {"model", "heads", "samples", "aa_spread", "tokens", "token_ratio", "gate"} <= set(r)
+        assert 0 < r["largest_bytes"] < r["peak_bytes"]
+        assert {"model", "heads", "flop", "samples", "aa_spread", "tokens", "token_ratio", "gate"} <= set(r)
     assert {"torch_varlen", "flash_attn"} == {r["provider"] for r in rows if r.get("absent")}
 
 
@@ -249,11 +250,12 @@ def test_without_a_gpu_the_command_says_so(capsys):
 
 def test_table_of_goals(tmp_path):
     assert tables.gpu_attention(tmp_path).startswith("Not measured yet")
-    rows = [row("1b-packed", "forward", "torch_varlen", 1.5), row("1b-packed", "forward", "leaf", 1.0)]
+    ours = {**row("1b-packed", "forward", "leaf", 1.0), "roofline": 0.4}
+    rows = [row("1b-packed", "forward", "torch_varlen", 1.5), ours]
     where = dict.fromkeys(("gpu", "driver", "power_limit_w", "torch", "triton", "commit"), "x")
     anchor = {"case": "anchors", "copy_gb_s": 1.0, "matmul_tflop_s": 2.0, **where}
     path: Path = tmp_path / "some-gpu" / "attention.json"
     timing.write_json(path, {"rows": [anchor, *rows], "goals": attention.verdicts(rows)})
     lines = tables.gpu_attention(tmp_path).splitlines()
-    assert "| A1 | 1b-packed | forward | torch_varlen | 1.50× | – | 1.25× | 1.50× | reached |" in lines
+    assert "| A1 | 1b-packed | forward | torch_varlen | 1.50× | – | 1.25× | 1.50× | 40% | reached |" in lines
     assert any(line.startswith("| A5 |") and line.endswith("not measured: leaf or leaf fused |") for line in lines)

@@ -14,12 +14,12 @@ from .._runtime.library import LAUNCHERS
 
 
 class AllocationRecorder(TorchDispatchMode):
-    """While entered: `sizes` (elements of every tensor created), `live` and `peak` (their bytes, now and at most)."""
+    """While entered: `sizes` (elements of every tensor created); in bytes `live` (now), `peak` and `largest` (of one)."""
 
     def __init__(self) -> None:
         super().__init__()
         self.sizes: list[int] = []
-        self.live = self.peak = 0
+        self.live = self.peak = self.largest = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -38,6 +38,7 @@ class AllocationRecorder(TorchDispatchMode):
     def _created(self, storage: torch.UntypedStorage) -> None:
         self.live += storage.nbytes()
         self.peak = max(self.peak, self.live)
+        self.largest = max(self.largest, storage.nbytes())
         weakref.finalize(storage, self._freed, storage.nbytes())
 
     def _freed(self, nbytes: int) -> None:
