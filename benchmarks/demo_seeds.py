@@ -1,15 +1,15 @@
 """Runs a preset of `leaf demo` on many seeds, one JSON file per seed, and sums them up.
 
-    python benchmarks/demo_seeds.py --preset fast --seeds 0-11
-    python benchmarks/demo_seeds.py --preset full --seeds 2,3,4,6,7
-    python benchmarks/demo_seeds.py --preset fast --seeds 2,3,4,6,7 --any-word
-    python benchmarks/demo_seeds.py --task long --seeds 0-4
+    python -m benchmarks.demo_seeds --preset fast --seeds 0-11
+    python -m benchmarks.demo_seeds --preset full --seeds 2,3,4,6,7
+    python -m benchmarks.demo_seeds --preset fast --seeds 2,3,4,6,7 --any-word
+    python -m benchmarks.demo_seeds --task long --seeds 0-4
 
 Seeds that have a file are not run again, so several processes can share the work and a killed one goes on. The summary
-(`<name>.json` beside the folder of the seeds, in the form of the demo's results.json) is written after every seed, and the
-short task's plot, `<name>.png`, at the end. `--arms` measures only those arms again, and puts them into the files that are
-there. `--any-word` trains the teacher on prompts from which any word may be missing, operands included: its deletions then
-tell it nothing about which words matter.
+(`<name>.json` beside the folder of the seeds, in the form of the demo's results.json) is written after every seed;
+`python benchmarks/plot.py` draws it. `--arms` measures only those arms again, and puts them into the files that are
+there. `--any-word` trains the teacher on prompts from which any word may be missing, operands included: its deletions
+then tell it nothing about which words matter.
 """
 
 from __future__ import annotations
@@ -17,20 +17,18 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import platform
 import time
 from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-import transformers
 from rich.console import Console
 
+from benchmarks.timing import environment as environment_of
 from leaf import __version__
 from leaf.demo import lengths
 from leaf.demo.arms import ARMS, RECIPES
 from leaf.demo.comparison import run_seed, summarise, summary, write_json
-from leaf.plots import plot_arms
 
 RESULTS = Path(__file__).parent / "results" / "demo"
 
@@ -65,10 +63,8 @@ def main() -> None:
         recipe, name = dataclasses.replace(recipe, arms=arms, spare_operands=False), f"{name}_any_word"
     environment = {
         "leaf": __version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
+        **environment_of(torch.device("cpu"), packages=["transformers"]),
         "threads": 1,  # run_seed's
-        "processor": platform.processor() or platform.machine(),
     }
     if arguments.task == "long":
         if arguments.any_word or arguments.arms or arguments.preset != "fast":
@@ -91,7 +87,6 @@ def main() -> None:
         every, distinct = read_seeds(folder)
         results = {**summarise(name, every), "environments": distinct}
         write_json(RESULTS / f"{name}.json", results)
-    plot_arms(results)[0].savefig(RESULTS / f"{name}.png", dpi=160)
     console.print(summary(results))
 
 

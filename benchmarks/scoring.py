@@ -1,7 +1,7 @@
 """Scoring on a CPU: peak memory and time against the released procedure and a naive lean loop; memory against length.
 
     python -m benchmarks.scoring                # 5 interleaved rounds of whole processes: results/scoring_cpu.json
-    python -m benchmarks.scoring --memory       # 1k to 64k tokens, a quarter of an hour: results/scoring_memory.{json,png}
+    python -m benchmarks.scoring --memory       # 1k to 64k tokens, a quarter of an hour: results/scoring_memory.json
     python -m benchmarks.scoring --gpu          # one row of 32k and of 128k, a model of 8B: results/<gpu>/scoring.json
 
 Two random Llamas of 67M and 97M parameters (2 layers, V = 32000, fp32) and four rows of 2400 tokens, of which 400 are the
@@ -271,28 +271,6 @@ def measured(score: Callable[[PreTrainedModel, Sample], None], model: PreTrained
     return {"tokens_per_second": len(row.input_ids) / seconds, "peak_gib": peak}
 
 
-def plot_memory(result: dict, path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("agg")
-    from matplotlib import pyplot as plt
-
-    fig, ax = plt.subplots(figsize=(6, 4), layout="constrained")
-    for arm, style in (("released", "o-"), ("ours", "s-")):
-        rows = [row for row in result["rows"] if arm in row]
-        ax.plot([row["tokens"] for row in rows], [row[arm] / 2**20 for row in rows], style, label=arm)
-    lengths = [row["tokens"] for row in result["rows"]]
-    per_token = result["checkpoint_bytes_per_token"]
-    ax.plot(lengths, [n * per_token / 2**20 for n in lengths], "k--", label="checkpoints alone")
-    ax.set(xscale="log", yscale="log", xlabel="tokens of the row", ylabel="peak beyond the weights, MiB")
-    ax.set_xticks(lengths, [f"{n // 1024}k" for n in lengths])
-    ax.set_title("Scoring one row: {layers} layers of {hidden}, V = {vocabulary}".format(**result["model"]))
-    ax.minorticks_off()
-    ax.grid(alpha=0.3)
-    ax.legend()
-    fig.savefig(path, dpi=150)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--worker", nargs=3, help=argparse.SUPPRESS)
@@ -304,9 +282,7 @@ def main() -> None:
         worker(arm, Path(folder), Path(result))
         return
     if arguments.memory:
-        result = memory()
-        write_json(RESULTS / "scoring_memory.json", result)
-        plot_memory(result, RESULTS / "scoring_memory.png")
+        write_json(RESULTS / "scoring_memory.json", memory())
         return
     if arguments.gpu:
         if not torch.cuda.is_available():

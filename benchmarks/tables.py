@@ -114,6 +114,22 @@ def long_readme(results: dict[str, Any]) -> str:
     )
 
 
+def gpu_figures(results: Path = RESULTS) -> str:
+    """Every figure of every GPU, as `plot.py` left them."""
+    kinds = {
+        "goals": "Goals",
+        "roofline": "Fractions of the roofline",
+        "e2e": "Memory of a step",
+        "demo": "Arms of the demo",
+    }
+    found = [
+        f"![{title}, {path.parent.name}](../benchmarks/results/{path.parent.name}/{path.name})"
+        for path in sorted(results.glob("*/*.png"))
+        if (title := kinds.get(path.stem)) and path.parent.name != "demo"
+    ]
+    return "\n\n".join(found) or "No figure yet: nothing has been measured."
+
+
 BOUNDED = ["goal", "case", "what", "got", "wanted", "stretch", "verdict"]
 
 
@@ -323,6 +339,7 @@ def documents() -> dict[Path, dict[str, str]]:
             "scoring-memory": scoring_memory(load("scoring_memory")),
         },
         docs / "gpu.md": {
+            "gpu-figures": gpu_figures(),
             "gpu-attention": gpu_attention(),
             "gpu-linear-kl": gpu_linear_kl(),
             "gpu-token-scores": gpu_token_scores(),
