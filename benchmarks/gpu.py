@@ -9,6 +9,7 @@
     attention    benchmarks.attention
     kl           benchmarks.linear_kl
     scores       benchmarks.token_scores
+    scoring      benchmarks.scoring_gpu: the teacher's scoring pass
     e2e          benchmarks.e2e: training steps and the longest context
 
 Each stage is a process of its own, so that a crash takes no other stage with it; it starts no work after nine tenths of what
@@ -49,6 +50,7 @@ BENCHMARKS = {
     "attention": "benchmarks.attention",
     "kl": "benchmarks.linear_kl",
     "scores": "benchmarks.token_scores",
+    "scoring": "benchmarks.scoring_gpu",
     "e2e": "benchmarks.e2e",
 }
 STAGES = ("check", *BENCHMARKS)

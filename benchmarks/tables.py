@@ -150,6 +150,21 @@ def gpu_e2e(results: Path = RESULTS) -> str:
     return gpu_goals(results, "e2e", BOUNDED, bounded_row)
 
 
+def gpu_scoring(results: Path = RESULTS) -> str:
+    """The goals, and of every implementation and row how fast and with how much memory."""
+    rows = []
+    for path in sorted(results.glob("*/scoring.json")):
+        for row in json.loads(path.read_text())["rows"]:
+            if row["case"] != "anchors":
+                peak = row.get("peak_bytes")
+                found = ["–", "–", row.get("absent", "")]
+                if peak is not None:
+                    found = [f"{row['tokens_per_second']:.0f}", f"{peak / 2**30:.1f}", ""]
+                rows.append([row["gpu"], row["case"], row["provider"], *found])
+    table = markdown(["GPU", "tokens", "", "tokens/s", "peak, GiB", ""], rows)
+    return "\n\n".join([gpu_goals(results, "scoring", BOUNDED, bounded_row), *([table] if rows else [])])
+
+
 def gpu_goals(results: Path, name: str, header: list[str], row: Callable[[dict[str, Any]], list[str]]) -> str:
     """One table of goals per GPU that was measured."""
     parts = []
@@ -343,6 +358,7 @@ def documents() -> dict[Path, dict[str, str]]:
             "gpu-attention": gpu_attention(),
             "gpu-linear-kl": gpu_linear_kl(),
             "gpu-token-scores": gpu_token_scores(),
+            "gpu-scoring": gpu_scoring(),
             "gpu-e2e": gpu_e2e(),
         },
     }
