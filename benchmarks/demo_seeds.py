@@ -75,24 +75,24 @@ def main() -> None:
     for seed in seeds:
         path = folder / f"seed-{seed:02d}.json"
         if not path.exists():
-            measured, _ = run_seed(recipe, seed, Ui(console))
+            measured = run_seed(recipe, seed, Ui(console)).numbers()
             del measured["seconds"]  # of processes side by side: they say nothing
             write_json(path, {**measured, "environment": environment})
         elif arguments.arms:
-            again, _ = run_seed(dataclasses.replace(recipe, arms=tuple(arguments.arms)), seed, Ui(console))
+            again = run_seed(dataclasses.replace(recipe, arms=tuple(arguments.arms)), seed, Ui(console)).numbers()
             measured = json.loads(path.read_text())
             for part in ("arms", "counts"):
                 measured[part] |= again[part]
             write_json(path, measured)
-        every, distinct = read_seeds(folder)
+        every, distinct = read_seeds(folder.glob("seed-*.json"))
         results = {**summarise(name, every), "environments": distinct}
         write_json(RESULTS / f"{name}.json", results)
     console.print(summary(results))
 
 
-def read_seeds(folder: Path) -> tuple[list[dict], list[dict]]:
+def read_seeds(paths: Iterable[Path]) -> tuple[list[dict], list[dict]]:
     """The numbers of each seed, and the distinct environments that they come from."""
-    every = [json.loads(path.read_text()) for path in sorted(folder.glob("seed-*.json"))]
+    every = [json.loads(path.read_text()) for path in sorted(paths)]
     environments = [one.pop("environment") for one in every]
     return every, [one for i, one in enumerate(environments) if one not in environments[:i]]
 
@@ -105,7 +105,7 @@ def write_long(seeds: Iterable[int], environment: dict, console: Console) -> Non
             measured, _ = lengths.run_seed(lengths.RECIPE, seed, Ui(console))
             measured["seconds"] = {"processor": round(time.process_time() - began)}  # also right where cores are shared
             write_json(path, {**measured, "environment": environment})
-        every, distinct = read_seeds(path.parent)
+        every, distinct = read_seeds(path.parent.glob("seed-*.json"))
         results = {**lengths.summarise(every), "environments": distinct}
         write_json(RESULTS / "long.json", results)
     console.print(lengths.summary(results))
