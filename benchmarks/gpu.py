@@ -11,6 +11,7 @@
     scores       benchmarks.token_scores
     scoring      benchmarks.scoring_gpu: the teacher's scoring pass
     e2e          benchmarks.e2e: training steps and the longest context
+    demo         benchmarks.demo_gpu: the built-in task with a teacher of 52M parameters, in many runs
 
 Each stage is a process of its own, so that a crash takes no other stage with it; it starts no work after nine tenths of what
 is left of the budget and is ended with it. Results are in benchmarks/results/<gpu>/, written after every case; what was
@@ -52,6 +53,7 @@ BENCHMARKS = {
     "scores": "benchmarks.token_scores",
     "scoring": "benchmarks.scoring_gpu",
     "e2e": "benchmarks.e2e",
+    "demo": "benchmarks.demo_gpu",
 }
 STAGES = ("check", *BENCHMARKS)
 TESTS: tuple[str, ...] = ("-m", "gpu", "tests/kernels")

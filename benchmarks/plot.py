@@ -229,15 +229,12 @@ def drawings(results: Path) -> Iterator[Drawing]:
     ):
         yield Drawing(name, [results / f"{name}.json"], draw)
     for folder in sorted({path.parent for path in results.glob("*/*.json")}):
-        measured = [
-            path for path in sorted(folder.glob("*.json")) if {"rows", "goals"} <= json.loads(path.read_text()).keys()
-        ]
-        if not measured:  # not of a GPU
-            continue
-        yield Drawing(f"{folder.name}/e2e", [folder / "e2e.json"], e2e)
-        yield Drawing(f"{folder.name}/goals", measured, goals)
-        yield Drawing(f"{folder.name}/roofline", measured, roofline)
         yield Drawing(f"{folder.name}/demo", [folder / "demo.json"], demo)
+        paths = sorted(folder.glob("*.json"))
+        if measured := [path for path in paths if {"rows", "goals"} <= json.loads(path.read_text()).keys()]:
+            yield Drawing(f"{folder.name}/e2e", [folder / "e2e.json"], e2e)
+            yield Drawing(f"{folder.name}/goals", measured, goals)
+            yield Drawing(f"{folder.name}/roofline", measured, roofline)
 
 
 def digest(sources: list[Path]) -> str:

@@ -29,6 +29,7 @@ NAMES = {
     "leaf_paper": "LeaF, paper's preset",
     "oracle": "oracle",
 }
+NOT_MEASURED = "Not measured yet: nobody has run this on a GPU and committed the result."
 PACKING_CASE = ("scores", "rows", "prompts pruned at", "counterfactuals per row")
 PACKERS = ("pack_groups", "sequential")
 
@@ -54,9 +55,14 @@ def seeds(results: dict[str, Any]) -> str:
 
 
 def arms(results: dict[str, Any]) -> str:
+    """In the order of NAMES, and what has no name there after that."""
+    order = [*NAMES, *results["arms"]]
     rows = [
-        [NAMES[arm], *(mean_sd(metrics[name]) for name in (*TEST_SETS, "attention_to_confounder"))]
-        for arm, metrics in sorted(results["arms"].items(), key=lambda item: list(NAMES).index(item[0]))
+        [
+            NAMES.get(arm, arm.replace("_", " ")),
+            *(mean_sd(metrics[name]) for name in (*TEST_SETS, "attention_to_confounder")),
+        ]
+        for arm, metrics in sorted(results["arms"].items(), key=lambda item: order.index(item[0]))
     ]
     return markdown(["arm", "in distribution", "adversarial", "clean", "attention to the confounder"], rows)
 
@@ -70,7 +76,9 @@ def paired(results: dict[str, Any]) -> str:
 
 
 def detection(results: dict[str, Any]) -> str:
-    rows = [[name.replace("_", " "), mean_sd(values)] for name, values in results["detection"].items()]
+    """Means over the seeds that have rows of that kind."""
+    measured = {name: [v for v in values if v is not None] for name, values in results["detection"].items()}
+    rows = [[name.replace("_", " "), mean_sd(values)] for name, values in measured.items() if values]
     return markdown(["detection of the planted token", "mean ± sd"], rows)
 
 
@@ -165,6 +173,23 @@ def gpu_scoring(results: Path = RESULTS) -> str:
     return "\n\n".join([gpu_goals(results, "scoring", BOUNDED, bounded_row), *([table] if rows else [])])
 
 
+def gpu_demo(results: Path = RESULTS) -> str:
+    """Arms, paired differences and detection, GPU by GPU."""
+    parts = []
+    for path in sorted(results.glob("*/demo.json")):
+        measured = json.loads(path.read_text())
+        where = measured["environments"][-1]
+        absent = "".join(f"; {arm} is absent ({why})" for arm, why in measured["absent"].items())
+        parts += [
+            f"{where['gpu']}, torch {where['torch']}, commit `{where['commit'][:12]}`; exact match, mean ± sd over "
+            f"{seeds(measured)}{absent}:",
+            arms(measured),
+            paired(measured),
+            detection(measured),
+        ]
+    return "\n\n".join(parts) or NOT_MEASURED
+
+
 def gpu_goals(results: Path, name: str, header: list[str], row: Callable[[dict[str, Any]], list[str]]) -> str:
     """One table of goals per GPU that was measured."""
     parts = []
@@ -178,7 +203,7 @@ def gpu_goals(results: Path, name: str, header: list[str], row: Callable[[dict[s
             f"`{where['commit'][:12]}`:"
         )
         parts.append(markdown(header, [row(goal) for goal in measured["goals"]]))
-    return "\n\n".join(parts) or "Not measured yet: nobody has run this on a GPU and committed the result."
+    return "\n\n".join(parts) or NOT_MEASURED
 
 
 def goal_row(goal: dict[str, Any]) -> list[str]:
@@ -360,6 +385,7 @@ def documents() -> dict[Path, dict[str, str]]:
             "gpu-token-scores": gpu_token_scores(),
             "gpu-scoring": gpu_scoring(),
             "gpu-e2e": gpu_e2e(),
+            "gpu-demo": gpu_demo(),
         },
     }
 

@@ -181,7 +181,7 @@ def plot_tokens(row: Mapping[str, Any], removed: Iterable[Span] = (), *, columns
     heights = [5.4 if any(has_lanes[i] for i, _ in line) else 2.2 for line in lines]
     fig = Figure(figsize=((columns + margin) * inch, (sum(heights) + 1) * inch))
     FigureCanvasAgg(fig)
-    ax = fig.addaxes((0, 0, 1, 1), xlim=(-margin, columns), ylim=(sum(heights), -1))
+    ax = fig.add_axes((0, 0, 1, 1), xlim=(-margin, columns), ylim=(sum(heights), -1))
     ax.set_axis_off()
     font: dict[str, Any] = {"family": "monospace", "fontsize": inch * 72 / 0.605, "va": "baseline", "parse_math": False}
     # D is squared as on the page: most scores lie near 0.5, and only low ones are to catch the eye.

@@ -192,7 +192,7 @@ def train_teacher(
                 (prompt, row["completion"]) for prompt, row in zip(prompts, batch, strict=True) if prompt is not None
             ]
 
-    model = make_model(tokenizer, size, seed=1000 + seed).to(device)
+    model = make_model(tokenizer, size, seed=1000 + seed).to(device)  # type: ignore[arg-type]
     training = train(
         model,
         batches(),
@@ -220,7 +220,7 @@ def train_student(
     One that never does is taken from where it came closest.
     """
     validation = {name: make_rows(f"validation/{name}", VALIDATION_ROWS, seed) for name in TEST_SETS}
-    model = make_model(tokenizer, size, seed=2000 + seed).to(device)
+    model = make_model(tokenizer, size, seed=2000 + seed).to(device)  # type: ignore[arg-type]
     rows = make_rows("student", BATCH * max_steps, seed)
     training = train(model, _batches(rows), padded(tokenizer), learning_rate=lambda step: constant(step, learning_rate))
     closest, best, steps = model, math.inf, 0
