@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from benchmarks import demo_gpu, plot, tables
-from leaf.demo import comparison
+from leaf.demo import comparison, models
 from leaf.demo.arms import ARMS
 from leaf.demo.models import Size, make_model
 from leaf.demo.task import make_tokenizer
@@ -42,6 +42,7 @@ def all_are_right(monkeypatch):
     def verified(*arguments, **options):
         return ({**row, "verified": True} for row in verify_rows(*arguments, **options))
 
+    monkeypatch.setattr(models, "VALIDATION_ROWS", 8)
     monkeypatch.setattr(comparison, "select_rows", selected)
     monkeypatch.setattr(comparison, "verify_rows", verified)
 
@@ -103,27 +104,34 @@ def test_a_run_that_is_cut_goes_on_with_the_same_models_and_is_summed_up(tmp_pat
 def test_without_its_models_a_seed_starts_anew(tmp_path, capsys):
     assert not run(tmp_path, budget=-1)
     assert "still to measure: seed 0 (3 arms), seed 1 (3 arms)" in capsys.readouterr().out
-    assert run(tmp_path, seeds=(0,), arms={"kd": ARMS["kd"]})
+    two = {name: ARMS[name] for name in ("kd", "random")}
+    assert run(tmp_path, seeds=(0,), arms={"kd": two["kd"]})
     path = tmp_path / "demo" / "seed-00.json"
     written = json.loads(path.read_text())
     written["arms"]["kd"]["clean"] = 0.123  # of models that are lost
     path.write_text(json.dumps(written))
-    assert run(tmp_path, seeds=(0,))
+    assert run(tmp_path, seeds=(0,), arms=two)
     assert json.loads(path.read_text())["arms"]["kd"]["clean"] != 0.123
 
 
-def test_an_arm_without_groups_is_absent_everywhere(tmp_path, monkeypatch):
-    prune = comparison.prune
-    monkeypatch.setattr(comparison, "prune", lambda rows, config: () if config.tau else prune(rows, config))
-    assert run(tmp_path)
+def test_an_arm_without_groups_in_one_seed_is_absent_from_the_summary(tmp_path, monkeypatch):
+    prune, calls = comparison.prune, []
+
+    def first_has_none(rows, config):
+        calls.append(config)
+        return prune(rows, config) if len(calls) > 1 else ()
+
+    monkeypatch.setattr(comparison, "prune", first_has_none)
+    assert run(tmp_path, arms={name: COMPARED[name] for name in ("kd", "tau_0.15")})
     results = json.loads((tmp_path / "demo.json").read_text())
-    assert list(results["arms"]) == ["teacher", "student", "kd", "leaf"]
+    assert "tau_0.15" in json.loads((tmp_path / "demo" / "seed-01.json").read_text())["arms"]
+    assert list(results["arms"]) == ["teacher", "student", "kd"]
     assert results["absent"]["tau_0.15"].startswith("ValueError: demo: no group is left")
 
 
 def test_sizes_of_the_recipe_are_those_that_are_said():
     tokenizer = make_tokenizer()
     with torch.device("meta"):
-        models = [make_model(tokenizer, size, seed=0) for size in (demo_gpu.RECIPE.teacher, demo_gpu.RECIPE.student)]
-    assert [round(sum(p.numel() for p in model.parameters()) / 1e6) for model in models] == [52, 23]
+        both = [make_model(tokenizer, size, seed=0) for size in (demo_gpu.RECIPE.teacher, demo_gpu.RECIPE.student)]
+    assert [round(sum(p.numel() for p in model.parameters()) / 1e6) for model in both] == [52, 23]
     assert {"kd", "random", "student_gradient", "leaf", "leaf_collective"} < set(demo_gpu.COMPARED)
