@@ -1,15 +1,15 @@
 """Runs a preset of `leaf demo` on many seeds, one JSON file per seed, and sums them up.
 
-    python benchmarks/demo_seeds.py --preset fast --seeds 0-11
-    python benchmarks/demo_seeds.py --preset full --seeds 2,3,4,6,7
-    python benchmarks/demo_seeds.py --preset fast --seeds 2,3,4,6,7 --any-word
-    python benchmarks/demo_seeds.py --task long --seeds 0-4
+    python -m benchmarks.demo_seeds --preset fast --seeds 0-11
+    python -m benchmarks.demo_seeds --preset full --seeds 2,3,4,6,7
+    python -m benchmarks.demo_seeds --preset fast --seeds 2,3,4,6,7 --any-word
+    python -m benchmarks.demo_seeds --task long --seeds 0-4
 
 Seeds that have a file are not run again, so several processes can share the work and a killed one goes on. The summary
-(`<name>.json` beside the folder of the seeds, in the form of the demo's results.json) is written after every seed, and the
-short task's plot, `<name>.png`, at the end. `--arms` measures only those arms again, and puts them into the files that are
-there. `--any-word` trains the teacher on prompts from which any word may be missing, operands included: its deletions then
-tell it nothing about which words matter.
+(`<name>.json` beside the folder of the seeds, in the form of the demo's results.json) is written after every seed;
+`python benchmarks/plot.py` draws it. `--arms` measures only those arms again, and puts them into the files that are
+there. `--any-word` trains the teacher on prompts from which any word may be missing, operands included: its deletions
+then tell it nothing about which words matter.
 """
 
 from __future__ import annotations
@@ -17,20 +17,18 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import platform
 import time
 from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-import transformers
 from rich.console import Console
 
+from benchmarks.timing import environment as environment_of
 from leaf import __version__
 from leaf.demo import lengths
 from leaf.demo.arms import ARMS, RECIPES
 from leaf.demo.comparison import run_seed, summarise, summary, write_json
-from leaf.plots import plot_arms
 
 RESULTS = Path(__file__).parent / "results" / "demo"
 
@@ -65,10 +63,8 @@ def main() -> None:
         recipe, name = dataclasses.replace(recipe, arms=arms, spare_operands=False), f"{name}_any_word"
     environment = {
         "leaf": __version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
+        **environment_of(torch.device("cpu"), packages=["transformers"]),
         "threads": 1,  # run_seed's
-        "processor": platform.processor() or platform.machine(),
     }
     if arguments.task == "long":
         if arguments.any_word or arguments.arms or arguments.preset != "fast":
@@ -79,25 +75,24 @@ def main() -> None:
     for seed in seeds:
         path = folder / f"seed-{seed:02d}.json"
         if not path.exists():
-            measured, _ = run_seed(recipe, seed, Ui(console))
+            measured = run_seed(recipe, seed, Ui(console)).numbers()
             del measured["seconds"]  # of processes side by side: they say nothing
             write_json(path, {**measured, "environment": environment})
         elif arguments.arms:
-            again, _ = run_seed(dataclasses.replace(recipe, arms=tuple(arguments.arms)), seed, Ui(console))
+            again = run_seed(dataclasses.replace(recipe, arms=tuple(arguments.arms)), seed, Ui(console)).numbers()
             measured = json.loads(path.read_text())
             for part in ("arms", "counts"):
                 measured[part] |= again[part]
             write_json(path, measured)
-        every, distinct = read_seeds(folder)
+        every, distinct = read_seeds(folder.glob("seed-*.json"))
         results = {**summarise(name, every), "environments": distinct}
         write_json(RESULTS / f"{name}.json", results)
-    plot_arms(results)[0].savefig(RESULTS / f"{name}.png", dpi=160)
     console.print(summary(results))
 
 
-def read_seeds(folder: Path) -> tuple[list[dict], list[dict]]:
+def read_seeds(paths: Iterable[Path]) -> tuple[list[dict], list[dict]]:
     """The numbers of each seed, and the distinct environments that they come from."""
-    every = [json.loads(path.read_text()) for path in sorted(folder.glob("seed-*.json"))]
+    every = [json.loads(path.read_text()) for path in sorted(paths)]
     environments = [one.pop("environment") for one in every]
     return every, [one for i, one in enumerate(environments) if one not in environments[:i]]
 
@@ -110,7 +105,7 @@ def write_long(seeds: Iterable[int], environment: dict, console: Console) -> Non
             measured, _ = lengths.run_seed(lengths.RECIPE, seed, Ui(console))
             measured["seconds"] = {"processor": round(time.process_time() - began)}  # also right where cores are shared
             write_json(path, {**measured, "environment": environment})
-        every, distinct = read_seeds(path.parent)
+        every, distinct = read_seeds(path.parent.glob("seed-*.json"))
         results = {**lengths.summarise(every), "environments": distinct}
         write_json(RESULTS / "long.json", results)
     console.print(lengths.summary(results))

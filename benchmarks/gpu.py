@@ -11,7 +11,9 @@
     ce           benchmarks.cross_entropy
     scores       benchmarks.token_scores
     mass         benchmarks.attention_mass
+    scoring      benchmarks.scoring_gpu: the teacher's scoring pass
     e2e          benchmarks.e2e: training steps and the longest context
+    demo         benchmarks.demo_gpu: the built-in task with a teacher of 52M parameters, in many runs
 
 Each stage is a process of its own, so that a crash takes no other stage with it; it starts no work after nine tenths of what
 is left of the budget and is ended with it. Results are in benchmarks/results/<gpu>/, written after every case; what was
@@ -19,7 +21,7 @@ measured by the same commit on the same machine is kept, all else is measured ag
 
 Peers that are not installed are recorded as absent. Where there is no network, bring their wheels:
 
-    pip download --no-deps -d wheels trl liger-kernel fla-core einops      # elsewhere
+    pip download --no-deps -d wheels trl liger-kernel fla-core cut-cross-entropy einops      # elsewhere
     python -m benchmarks.gpu --budget 540 --wheels wheels
 
 The wheels of that folder, all of them and nothing else, are installed into a temporary folder that the stages import from.
@@ -53,7 +55,9 @@ BENCHMARKS = {
     "ce": "benchmarks.cross_entropy",
     "scores": "benchmarks.token_scores",
     "mass": "benchmarks.attention_mass",
+    "scoring": "benchmarks.scoring_gpu",
     "e2e": "benchmarks.e2e",
+    "demo": "benchmarks.demo_gpu",
 }
 STAGES = ("check", *BENCHMARKS)
 TESTS: tuple[str, ...] = ("-m", "gpu", "tests/kernels")

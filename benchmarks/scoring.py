@@ -1,8 +1,9 @@
 """Scoring on a CPU: peak memory and time against the released procedure and a naive lean loop; memory against length.
 
     python -m benchmarks.scoring                # 5 interleaved rounds of whole processes: results/scoring_cpu.json
-    python -m benchmarks.scoring --memory       # 1k to 64k tokens, a quarter of an hour: results/scoring_memory.{json,png}
-    python -m benchmarks.scoring --gpu          # one row of 32k and of 128k, a model of 8B: results/<gpu>/scoring.json
+    python -m benchmarks.scoring --memory       # 1k to 64k tokens, a quarter of an hour: results/scoring_memory.json
+
+Long rows and a model of 8B on a GPU: benchmarks/scoring_gpu.py.
 
 Two random Llamas of 67M and 97M parameters (2 layers, V = 32000, fp32) and four rows of 2400 tokens, of which 400 are the
 response. Every arm is a process of its own that loads the models from disk; memory is its high-water mark (VmHWM) and time
@@ -23,7 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -33,7 +34,6 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 from benchmarks.timing import RESULTS, environment, write_json
 from leaf.data import Sample, Skip
 from leaf.sensitivity import sensitivities
-from leaf_kernels._runtime.launch import slug
 from leaf_kernels.ops.linear_kl import op as linear_kl
 from leaf_kernels.testing import record_peak_bytes
 
@@ -190,20 +190,21 @@ def peak_of(arm: Callable[[PreTrainedModel, Sample], object], tokens: int, layer
     return peak[0]
 
 
-def score_released(model: PreTrainedModel, row: Sample) -> None:
+def score_released(model: PreTrainedModel, row: Sample) -> torch.Tensor:
     input_ids = torch.tensor([row.input_ids], device=model.device)
     labels = input_ids.clone()
     labels[:, : row.response_start] = -100
     embeddings = model.get_input_embeddings()(input_ids)
     embeddings.retain_grad()
     model(inputs_embeds=embeddings, labels=labels, use_cache=False).loss.backward()
-    embeddings.grad[0].norm(dim=-1).cpu()
+    return embeddings.grad[0].norm(dim=-1).cpu()
 
 
-def score_ours(model: PreTrainedModel, row: Sample) -> None:
+def score_ours(model: PreTrainedModel, row: Sample) -> torch.Tensor:
     (result,) = sensitivities(model, [row], max_tokens=1, activation_checkpointing=True)
     if isinstance(result, Skip):
         raise torch.OutOfMemoryError(result.detail)
+    return result.norm
 
 
 def memory() -> dict:
@@ -226,94 +227,17 @@ def memory() -> dict:
     }
 
 
-# -- long rows on a GPU ------------------------------------------------------------------------------------------------
-
-LLAMA_8B = LlamaConfig(
-    vocab_size=128256,
-    hidden_size=4096,
-    intermediate_size=14336,
-    num_hidden_layers=32,
-    num_attention_heads=32,
-    num_key_value_heads=8,
-    max_position_embeddings=131072,
-)
-
-
-def long_rows(
-    device: torch.device, config: LlamaConfig = LLAMA_8B, lengths: Sequence[int] = (32768, 131072)
-) -> list[dict]:
-    """Tokens per second and peak GiB of one row, weights included; "out of memory" where an arm does not fit."""
-    with device:
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
-    results = []
-    for tokens in lengths:
-        for name, score in (("ours", score_ours), ("released", score_released)):
-            model.requires_grad_(name == "released").set_attn_implementation("sdpa")
-            results.append({"tokens": tokens, "arm": name, **measured(score, model, one_row(tokens))})
-            model.zero_grad()
-            print(results[-1], file=sys.stderr)
-    return results
-
-
-def measured(score: Callable[[PreTrainedModel, Sample], None], model: PreTrainedModel, row: Sample) -> dict:
-    """The second call is timed: the first compiles kernels. Both end with a copy to the host."""
-    cuda = model.device.type == "cuda"
-    try:
-        score(model, row)
-        if cuda:
-            torch.cuda.reset_peak_memory_stats()
-        start = time.perf_counter()
-        score(model, row)
-        seconds = time.perf_counter() - start
-    except torch.OutOfMemoryError:
-        return {"result": "out of memory"}
-    peak = torch.cuda.max_memory_allocated() / 2**30 if cuda else None
-    return {"tokens_per_second": len(row.input_ids) / seconds, "peak_gib": peak}
-
-
-def plot_memory(result: dict, path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("agg")
-    from matplotlib import pyplot as plt
-
-    fig, ax = plt.subplots(figsize=(6, 4), layout="constrained")
-    for arm, style in (("released", "o-"), ("ours", "s-")):
-        rows = [row for row in result["rows"] if arm in row]
-        ax.plot([row["tokens"] for row in rows], [row[arm] / 2**20 for row in rows], style, label=arm)
-    lengths = [row["tokens"] for row in result["rows"]]
-    per_token = result["checkpoint_bytes_per_token"]
-    ax.plot(lengths, [n * per_token / 2**20 for n in lengths], "k--", label="checkpoints alone")
-    ax.set(xscale="log", yscale="log", xlabel="tokens of the row", ylabel="peak beyond the weights, MiB")
-    ax.set_xticks(lengths, [f"{n // 1024}k" for n in lengths])
-    ax.set_title("Scoring one row: {layers} layers of {hidden}, V = {vocabulary}".format(**result["model"]))
-    ax.minorticks_off()
-    ax.grid(alpha=0.3)
-    ax.legend()
-    fig.savefig(path, dpi=150)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--worker", nargs=3, help=argparse.SUPPRESS)
     parser.add_argument("--memory", action="store_true", help="memory against length")
-    parser.add_argument("--gpu", action="store_true", help="long rows on a GPU")
     arguments = parser.parse_args()
     if arguments.worker:
         arm, folder, result = arguments.worker
         worker(arm, Path(folder), Path(result))
         return
     if arguments.memory:
-        result = memory()
-        write_json(RESULTS / "scoring_memory.json", result)
-        plot_memory(result, RESULTS / "scoring_memory.png")
-        return
-    if arguments.gpu:
-        if not torch.cuda.is_available():
-            raise SystemExit("benchmarks.scoring --gpu: torch sees no GPU")
-        device = torch.device("cuda")
-        result = {"environment": environment(device), "rows": long_rows(device)}
-        write_json(RESULTS / slug(torch.cuda.get_device_name(device)) / "scoring.json", result)
+        write_json(RESULTS / "scoring_memory.json", memory())
         return
     result = compare()
     write_json(RESULTS / "scoring_cpu.json", result)

@@ -29,6 +29,7 @@ NAMES = {
     "leaf_paper": "LeaF, paper's preset",
     "oracle": "oracle",
 }
+NOT_MEASURED = "Not measured yet: nobody has run this on a GPU and committed the result."
 PACKING_CASE = ("scores", "rows", "prompts pruned at", "counterfactuals per row")
 PACKERS = ("pack_groups", "sequential")
 
@@ -54,9 +55,14 @@ def seeds(results: dict[str, Any]) -> str:
 
 
 def arms(results: dict[str, Any]) -> str:
+    """In the order of NAMES, and what has no name there after that."""
+    order = [*NAMES, *results["arms"]]
     rows = [
-        [NAMES[arm], *(mean_sd(metrics[name]) for name in (*TEST_SETS, "attention_to_confounder"))]
-        for arm, metrics in sorted(results["arms"].items(), key=lambda item: list(NAMES).index(item[0]))
+        [
+            NAMES.get(arm, arm.replace("_", " ")),
+            *(mean_sd(metrics[name]) for name in (*TEST_SETS, "attention_to_confounder")),
+        ]
+        for arm, metrics in sorted(results["arms"].items(), key=lambda item: order.index(item[0]))
     ]
     return markdown(["arm", "in distribution", "adversarial", "clean", "attention to the confounder"], rows)
 
@@ -70,7 +76,9 @@ def paired(results: dict[str, Any]) -> str:
 
 
 def detection(results: dict[str, Any]) -> str:
-    rows = [[name.replace("_", " "), mean_sd(values)] for name, values in results["detection"].items()]
+    """Means over the seeds that have rows of that kind."""
+    measured = {name: [v for v in values if v is not None] for name, values in results["detection"].items()}
+    rows = [[name.replace("_", " "), mean_sd(values)] for name, values in measured.items() if values]
     return markdown(["detection of the planted token", "mean ± sd"], rows)
 
 
@@ -114,6 +122,22 @@ def long_readme(results: dict[str, Any]) -> str:
     )
 
 
+def gpu_figures(results: Path = RESULTS) -> str:
+    """Every figure of every GPU, as `plot.py` left them."""
+    kinds = {
+        "goals": "Goals",
+        "roofline": "Fractions of the roofline",
+        "e2e": "Memory of a step",
+        "demo": "Arms of the demo",
+    }
+    found = [
+        f"![{title}, {path.parent.name}](../benchmarks/results/{path.parent.name}/{path.name})"
+        for path in sorted(results.glob("*/*.png"))
+        if (title := kinds.get(path.stem)) and path.parent.name != "demo"
+    ]
+    return "\n\n".join(found) or "No figure yet: nothing has been measured."
+
+
 BOUNDED = ["goal", "case", "what", "got", "wanted", "stretch", "roofline", "verdict"]
 
 
@@ -140,6 +164,38 @@ def gpu_cross_entropy(results: Path = RESULTS) -> str:
 
 def gpu_attention_mass(results: Path = RESULTS) -> str:
     return per_gpu(results, "attention_mass", provider_table)
+
+
+def gpu_scoring(results: Path = RESULTS) -> str:
+    """The goals, and of every implementation and row how fast and with how much memory."""
+    rows = []
+    for path in sorted(results.glob("*/scoring.json")):
+        for row in json.loads(path.read_text())["rows"]:
+            if row["case"] != "anchors":
+                peak = row.get("peak_bytes")
+                found = ["–", "–", row.get("absent", "")]
+                if peak is not None:
+                    found = [f"{row['tokens_per_second']:.0f}", f"{peak / 2**30:.1f}", ""]
+                rows.append([row["gpu"], row["case"], row["provider"], *found])
+    table = markdown(["GPU", "tokens", "", "tokens/s", "peak, GiB", ""], rows)
+    return "\n\n".join([gpu_goals(results, "scoring", BOUNDED, bounded_row), *([table] if rows else [])])
+
+
+def gpu_demo(results: Path = RESULTS) -> str:
+    """Arms, paired differences and detection, GPU by GPU."""
+    parts = []
+    for path in sorted(results.glob("*/demo.json")):
+        measured = json.loads(path.read_text())
+        where = measured["environments"][-1]
+        absent = "".join(f"; {arm} is absent ({why})" for arm, why in measured["absent"].items())
+        parts += [
+            f"{where['gpu']}, torch {where['torch']}, commit `{where['commit'][:12]}`; exact match, mean ± sd over "
+            f"{seeds(measured)}{absent}:",
+            arms(measured),
+            paired(measured),
+            detection(measured),
+        ]
+    return "\n\n".join(parts) or NOT_MEASURED
 
 
 def gpu_goals(results: Path, name: str, header: list[str], row: Callable[[dict[str, Any]], list[str]]) -> str:
@@ -177,7 +233,7 @@ def per_gpu(results: Path, name: str, table: Callable[[dict[str, Any]], str]) ->
             f"`{where['commit'][:12]}`:"
         )
         parts.append(table(measured))
-    return "\n\n".join(parts) or "Not measured yet: nobody has run this on a GPU and committed the result."
+    return "\n\n".join(parts) or NOT_MEASURED
 
 
 def mib(row: dict[str, Any], column: str) -> str:
@@ -363,12 +419,15 @@ def documents() -> dict[Path, dict[str, str]]:
             "scoring-memory": scoring_memory(load("scoring_memory")),
         },
         docs / "gpu.md": {
+            "gpu-figures": gpu_figures(),
             "gpu-attention": gpu_attention(),
             "gpu-linear-kl": gpu_linear_kl(),
             "gpu-cross-entropy": gpu_cross_entropy(),
             "gpu-token-scores": gpu_token_scores(),
             "gpu-attention-mass": gpu_attention_mass(),
+            "gpu-scoring": gpu_scoring(),
             "gpu-e2e": gpu_e2e(),
+            "gpu-demo": gpu_demo(),
         },
     }
 

@@ -16,6 +16,8 @@ def on_files(files: Files, config: Any) -> Files:
     pages = [root / "README.md", root / "DESIGN.md", root / "CHANGELOG.md", *(root / "docs").glob("*.md")]
     files.append(File.generated(config, "index.md", abs_src_path=str(pages[0])))
     wanted = {"DESIGN.md", "CHANGELOG.md", *(path for page in pages for path in LINK.findall(page.read_text()))}
+    benchmarks = root / "benchmarks" / "README.md"  # is where it is
+    wanted |= {f"benchmarks/{path}" for path in LINK.findall(benchmarks.read_text())}
     for path in sorted(wanted):
         if (root / path).is_file() and not path.startswith("docs/"):
             files.append(File.generated(config, path, abs_src_path=str(root / path)))

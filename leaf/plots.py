@@ -15,7 +15,8 @@ from matplotlib.patches import Rectangle
 Span = tuple[int, int]
 
 # Okabe and Ito's colours, told apart with every common colour blindness.
-_BLUE, VERMILLION, _GREEN, _SKY = "#0072B2", "#D55E00", "#009E73", "#56B4E9"
+BLUE, VERMILLION, GREEN, SKY = "#0072B2", "#D55E00", "#009E73", "#56B4E9"
+COLOURS = (BLUE, VERMILLION, GREEN, SKY, "#CC79A7", "#E69F00")
 BINS = np.linspace(0.0, 1.0, 51)
 
 
@@ -63,13 +64,14 @@ def prompt_values(row: Mapping[str, Any]) -> dict[str, np.ndarray]:
 # --- figures ----------------------------------------------------------------------------------------------------------
 
 
-def _axes(width: float, height: float) -> tuple[Figure, Any]:
-    """A figure of its own: pyplot would keep it in global state."""
+def axes(width: float, height: float, **grid: Any) -> tuple[Figure, Any]:
+    """A figure of its own (pyplot would keep it in global state) and its axes, an array where `grid` has several."""
     fig = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(fig)
-    ax = fig.subplots()
-    ax.spines[["top", "right"]].set_visible(False)
-    return fig, ax
+    found = fig.subplots(**grid)
+    for ax in np.ravel(found):
+        ax.spines[["top", "right"]].set_visible(False)
+    return fig, found
 
 
 def listed(value: Any) -> list[float]:
@@ -85,10 +87,9 @@ def mean_sd(values: Sequence[float]) -> tuple[float, float]:
 def _bars(groups: Mapping[str, Mapping[str, Any]], xlabel: str) -> tuple[Figure, Any]:
     """Horizontal means with one standard deviation and up to 20 single values, one row per group, one colour per series."""
     series = list(dict.fromkeys(name for group in groups.values() for name in group))
-    colours = [_BLUE, VERMILLION, _GREEN, _SKY, "#CC79A7", "#E69F00"]
-    fig, ax = _axes(6.4, 1.0 + 0.13 * len(groups) * (len(series) + 1))
+    fig, ax = axes(6.4, 1.0 + 0.13 * len(groups) * (len(series) + 1))
     for s, name in enumerate(series):
-        colour = colours[s % len(colours)]
+        colour = COLOURS[s % len(COLOURS)]
         for g, group in enumerate(groups.values()):
             values, y = listed(group.get(name)), g + 0.8 * ((s + 0.5) / len(series) - 0.5)
             if not values:
@@ -144,8 +145,8 @@ def score_counts(row: Mapping[str, Any]) -> np.ndarray:
 
 
 def draw_histogram(counts: np.ndarray, threshold: float | Sequence[float] | None) -> tuple[Figure, Any]:
-    fig, ax = _axes(6.4, 2.8)
-    ax.stairs(counts, BINS, fill=True, color=_BLUE, alpha=0.8)
+    fig, ax = axes(6.4, 2.8)
+    ax.stairs(counts, BINS, fill=True, color=BLUE, alpha=0.8)
     if thresholds := listed(threshold):
         median = float(np.median(thresholds))
         ax.axvline(median, color=VERMILLION, ls="--", lw=1.4, label=f"threshold {median:.3f}")

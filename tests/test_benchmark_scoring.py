@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaConfig
 
 from benchmarks import scoring
 
@@ -34,17 +33,6 @@ def test_memory_of_the_released_procedure_grows_with_the_vocabulary_ours_does_no
     )
     assert released[1] - released[0] > 256 * scoring.VOCABULARY * 4
     assert ours[1] - ours[0] < 256 * 64 * 4 * 40
-
-
-def test_long_rows_on_any_device() -> None:
-    config = LlamaConfig(
-        vocab_size=300, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2
-    )
-    rows = scoring.long_rows(torch.device("cpu"), config, (160, 192))
-    assert [(row["tokens"], row["arm"]) for row in rows] == [
-        (160, "ours"), (160, "released"), (192, "ours"), (192, "released"),
-    ]  # fmt: skip
-    assert all(row["tokens_per_second"] > 0 for row in rows)
 
 
 def test_committed_figures_hold_what_is_promised() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..prune import PruneConfig
+from .models import STUDENT, TEACHER, Size
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,10 @@ ARMS: dict[str, Arm] = {
 
 @dataclass(frozen=True)
 class Recipe:
-    """Sizes of a preset. A step of every arm holds 2 · `groups` sequences."""
+    """Sizes of a preset. A step of every arm holds 2 · `groups` sequences.
+
+    steps, learning_rate: of distillation; `first_learning_rate` is that of the training before it, of both models.
+    """
 
     seeds: tuple[int, ...]
     arms: tuple[str, ...]
@@ -51,6 +55,10 @@ class Recipe:
     groups: int
     test_rows: int = 500
     spare_operands: bool = True  # of the words that are deleted from the teacher's training prompts
+    teacher: Size = TEACHER
+    student: Size = STUDENT
+    student_max_steps: int = 400  # if it does not show its shortcut before
+    first_learning_rate: float = 3e-3
 
 
 RECIPES = {

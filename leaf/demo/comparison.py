@@ -8,10 +8,11 @@ import os
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import rich.console
 import torch
@@ -29,9 +30,9 @@ from ..score import score_samples
 from ..select import select_rows
 from ..trainer import LeafArguments, LeafTrainer
 from ..verify import verify_rows
-from .arms import ARMS, COMPARISONS, RECIPES, Recipe
+from .arms import ARMS, COMPARISONS, RECIPES, Arm, Recipe
 from .detection import detection, marked, oracle
-from .models import WINDOW, accuracy, outside_window, train_student, train_teacher
+from .models import CPU, WINDOW, accuracy, outside_window, train_student, train_teacher
 from .task import TEST_SETS, make_rows, make_tokenizer
 
 MAX_TOKENS = 16384
@@ -67,28 +68,17 @@ def run(
     ui, recipe, folder = ui or Silent(), RECIPES[preset], Path(output_dir)
     measured = []
     for seed in seeds if seeds is not None else recipe.seeds:
-        one, artifacts = run_seed(recipe, seed, ui)
-        measured.append(one)
+        ran = run_seed(recipe, seed, ui)
+        measured.append(ran.numbers())
         if len(measured) == 1:
-            first = artifacts
-            _save_inputs(folder, artifacts)
+            first = ran
+            _save_inputs(folder, ran)
         results = summarise(preset, measured)
         write_json(folder / "results.json", results)  # after every seed: a run that is stopped keeps what it has
-    tables: dict[str, Any] = {"scores": first.scores, "counterfactuals": first.counterfactuals}
+    tables: dict[str, Any] = {"scores": first.scores, "counterfactuals": first.counterfactuals.get("leaf", [])}
     report.save_plots(folder / "plots", results=results, **tables)
     report.write_report(folder / "report.html", results=results, title=f"leaf demo, preset {preset}", **tables)
     return results
-
-
-class Artifacts(NamedTuple):
-    """What a seed leaves besides its numbers."""
-
-    tokenizer: PreTrainedTokenizerBase
-    teacher: PreTrainedModel
-    student: PreTrainedModel
-    rows: list[Row]  # those that the teacher solves
-    scores: Rows
-    counterfactuals: Rows  # of the arm "leaf"
 
 
 @contextmanager
@@ -102,76 +92,127 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-@one_thread()
-def run_seed(recipe: Recipe, seed: int, ui: Ui) -> tuple[dict[str, Any], Artifacts]:
-    """One seed: its numbers, in the nesting of `results.json` with a number in place of each list, and its artifacts."""
-    seconds: dict[str, float] = defaultdict(float)
-    with clock(seconds, "total"):
-        tokenizer = make_tokenizer()
-        encoder = Encoder(tokenizer)
-        with clock(seconds, "teacher"):
-            teacher = train_teacher(
-                tokenizer, seed, steps=recipe.teacher_steps, spare_operands=recipe.spare_operands, track=ui.track
-            )
-        with clock(seconds, "student"):
-            student, student_steps = train_student(tokenizer, seed, track=ui.track)
-            ui.say(f"seed {seed}, student: stopped after {student_steps} steps, where its shortcut is strongest")
-        tests = {name: make_rows(name, recipe.test_rows, seed) for name in TEST_SETS}
-        watched = _watched(tests["adversarial"][:ATTENTION_ROWS], encoder)
+@dataclass
+class Seed:
+    """The models of a seed, what all of its arms share, and what was found of those that ran."""
 
-        def measure(name: str, model: PreTrainedModel) -> dict[str, float]:
-            with clock(seconds, "evaluate"):
-                scores = {test: accuracy(model, tokenizer, rows) for test, rows in tests.items()}
-                attention = list(attention_to_marked(model, watched, max_tokens=MAX_TOKENS))
-            ui.say(f"seed {seed}, {name}: " + ", ".join(f"{test} {score:.3f}" for test, score in scores.items()))
-            return {**scores, "attention_to_confounder": sum(attention) / len(attention)}
+    recipe: Recipe
+    number: int
+    tokenizer: PreTrainedTokenizerBase
+    teacher: PreTrainedModel
+    student: PreTrainedModel
+    student_steps: int
+    tests: dict[str, Rows]
+    watched: list[Marked]
+    rows: list[Row]  # those of the corpus that the teacher solves
+    student_wrong: set[str]  # of them those that the student does not solve
+    scores: Rows
+    seconds: dict[str, float]
+    arms: dict[str, dict[str, float]] = field(default_factory=dict)
+    counterfactuals: dict[str, Rows] = field(default_factory=dict)  # of the arms that have some
 
-        arms = {"teacher": measure("teacher", teacher), "student": measure("student", student)}
-        inside = outside_window(arms["student"]) == 0
-        if not inside:
-            ui.say(f"seed {seed}: the student lies outside the useful window {WINDOW}; its comparison says little")
+    @property
+    def inside(self) -> bool:
+        return outside_window(self.arms["student"]) == 0
 
-        loaders = {"teacher": lambda: copy.deepcopy(teacher), "student": lambda: copy.deepcopy(student)}
-        with clock(seconds, "select"):
-            corpus = read(make_rows("corpus", recipe.corpus_rows, seed))
-            asked = list(select_rows(corpus, encoder, loaders, select="student_wrong", **GRADING))
-            rows = [row for row, one in zip(corpus, asked) if one.teacher and one.teacher.right]
-            student_wrong = {one.id for one in asked if one.status == "ok"}  # and teacher right
-        with clock(seconds, "score"):
-            samples = [encode(encoder, row) for row in rows]
-            perplexity = any(ARMS[arm].prune == PruneConfig(signal="perplexity") for arm in recipe.arms)
-            scores = list(score_samples(samples, *loaders.values(), max_tokens=MAX_TOKENS, perplexity=perplexity))
-        records = {row.id: row.record for row in rows}
-        answers = {row.id: row.answer for row in rows}
-        counts: dict[str, Any] = {"rows": len(corpus), "teacher_right": len(rows), "student_wrong": len(student_wrong)}
-        kept: dict[str, Rows] = {}
+    def measure(self, name: str, model: PreTrainedModel, ui: Ui) -> None:
+        """Accuracy on every test set, and the attention mass on the confounder."""
+        with clock(self.seconds, "evaluate"):
+            scores = {test: accuracy(model, self.tokenizer, rows) for test, rows in self.tests.items()}
+            attention = list(attention_to_marked(model, self.watched, max_tokens=MAX_TOKENS))
+        ui.say(f"seed {self.number}, {name}: " + ", ".join(f"{test} {score:.3f}" for test, score in scores.items()))
+        self.arms[name] = {**scores, "attention_to_confounder": sum(attention) / len(attention)}
 
-        for name in recipe.arms:
-            arm = ARMS[name]
-            selected = [row for row in scores if arm.select == "teacher_right" or row["id"] in student_wrong]
-            if arm.prune or arm.oracle:
-                with clock(seconds, "prune"):
-                    made = list(prune(selected, arm.prune) if arm.prune else oracle(selected, records))
-                with clock(seconds, "verify"):
-                    kept[name] = list(verify_rows(made, answers, encoder, loaders, verify=arm.verify, **GRADING))
-                counts[name] = {"made": len(made), "kept": sum(c["verified"] for c in kept[name])}
-            groups = build_groups(selected, kept.get(name, ()), encoder.encode_text, originals=arm.originals)
-            with clock(seconds, "distil"):
-                model = distil(student, teacher, groups, recipe, seed)
-            arms[name] = measure(name, model)
+    def run(self, name: str, arm: Arm, ui: Ui) -> None:
+        """Distils a copy of the student, and measures it."""
+        encoder, kept = Encoder(self.tokenizer), list[dict[str, Any]]()
+        selected = [row for row in self.scores if arm.select == "teacher_right" or row["id"] in self.student_wrong]
+        if arm.prune or arm.oracle:
+            records, answers = ({row.id: getattr(row, name) for row in self.rows} for name in ("record", "answer"))
+            with clock(self.seconds, "prune"):
+                made = list(prune(selected, arm.prune) if arm.prune else oracle(selected, records))
+            with clock(self.seconds, "verify"):
+                models = loaders(self.teacher, self.student)
+                kept = list(verify_rows(made, answers, encoder, models, verify=arm.verify, **GRADING))
+            self.counterfactuals[name] = kept
+        groups = build_groups(selected, kept, encoder.encode_text, originals=arm.originals)
+        with clock(self.seconds, "distil"):
+            model = distil(self.student, self.teacher, groups, self.recipe, self.number)
+        self.measure(name, model, ui)
 
-        found = detection(scores, records, student_wrong)
-        if "leaf" in kept:
+    def numbers(self) -> dict[str, Any]:
+        """In the nesting of `results.json` with a number in place of each list."""
+        corpus, right, wrong = self.recipe.corpus_rows, len(self.rows), len(self.student_wrong)
+        counts: dict[str, Any] = {"rows": corpus, "teacher_right": right, "student_wrong": wrong}
+        for name, kept in self.counterfactuals.items():
+            counts[name] = {"made": len(kept), "kept": sum(row["verified"] for row in kept)}
+        found = detection(self.scores, {row.id: row.record for row in self.rows}, self.student_wrong)
+        if "leaf" in counts:
             found["teacher_accuracy_on_counterfactuals"] = counts["leaf"]["kept"] / counts["leaf"]["made"]
-    result = {
-        "seed": seed,
-        "arms": arms,
-        "detection": found,
-        "window": {"inside": inside, "student_steps": student_steps},
-        "counts": counts,
-        "seconds": dict(seconds),
-    }
-    return rounded(result), Artifacts(tokenizer, teacher, student, rows, scores, kept.get("leaf", []))
+        result = {
+            "seed": self.number,
+            "arms": self.arms,
+            "detection": found,
+            "window": {"inside": self.inside, "student_steps": self.student_steps},
+            "counts": counts,
+            "seconds": dict(self.seconds),
+        }
+        return rounded(result)
+
+
+def prepare(recipe: Recipe, seed: int, ui: Ui, *, perplexity: bool = False, device: torch.device = CPU) -> Seed:
+    """Trains both models on `device`, measures them, asks them the corpus and scores it.
+
+    perplexity: also what the control of that name needs.
+    """
+    seconds: dict[str, float] = defaultdict(float)
+    tokenizer = make_tokenizer()
+    encoder = Encoder(tokenizer)
+    rate = recipe.first_learning_rate
+    training: dict[str, Any] = {"learning_rate": rate, "device": device, "track": ui.track}
+    with clock(seconds, "teacher"):
+        steps, spare = recipe.teacher_steps, recipe.spare_operands
+        teacher = train_teacher(tokenizer, seed, steps=steps, spare_operands=spare, size=recipe.teacher, **training)
+    with clock(seconds, "student"):
+        student, student_steps = train_student(
+            tokenizer, seed, max_steps=recipe.student_max_steps, size=recipe.student, **training
+        )
+        ui.say(f"seed {seed}, student: stopped after {student_steps} steps, where its shortcut is strongest")
+    tests = {name: make_rows(name, recipe.test_rows, seed) for name in TEST_SETS}
+    watched = _watched(tests["adversarial"][:ATTENTION_ROWS], encoder)
+    with clock(seconds, "select"):
+        models, corpus = loaders(teacher, student), read(make_rows("corpus", recipe.corpus_rows, seed))
+        asked = list(select_rows(corpus, encoder, models, select="student_wrong", **GRADING))
+        rows = [row for row, one in zip(corpus, asked) if one.teacher and one.teacher.right]
+        student_wrong = {one.id for one in asked if one.status == "ok"}  # and teacher right
+    with clock(seconds, "score"):
+        samples = [encode(encoder, row) for row in rows]
+        scores = list(score_samples(samples, *models.values(), max_tokens=MAX_TOKENS, perplexity=perplexity))
+    shared = Seed(
+        recipe, seed, tokenizer, teacher, student, student_steps, tests, watched, rows, student_wrong, scores, seconds
+    )
+    for name, model in (("teacher", teacher), ("student", student)):
+        shared.measure(name, model, ui)
+    if not shared.inside:
+        ui.say(f"seed {seed}: the student lies outside the useful window {WINDOW}; its comparison says little")
+    return shared
+
+
+def loaders(teacher: PreTrainedModel, student: PreTrainedModel) -> dict[str, Callable[[], PreTrainedModel]]:
+    """Copies, as the stages change what they load."""
+    return {"teacher": lambda: copy.deepcopy(teacher), "student": lambda: copy.deepcopy(student)}
+
+
+@one_thread()
+def run_seed(recipe: Recipe, seed: int, ui: Ui) -> Seed:
+    """Every arm of one seed."""
+    began = time.perf_counter()
+    perplexity = any(ARMS[arm].prune == PruneConfig(signal="perplexity") for arm in recipe.arms)
+    shared = prepare(recipe, seed, ui, perplexity=perplexity)
+    for name in recipe.arms:
+        shared.run(name, ARMS[name], ui)
+    shared.seconds["total"] = time.perf_counter() - began
+    return shared
 
 
 def distil(
@@ -199,7 +240,7 @@ def distil(
             save_strategy="no",
             logging_strategy="no",
             disable_tqdm=True,
-            use_cpu=True,
+            use_cpu=student.device.type == "cpu",
             seed=seed,
         )
         model = copy.deepcopy(student).requires_grad_(True)
@@ -259,11 +300,11 @@ def encode(encoder: Encoder, row: Row, level: str = "instruction") -> Sample:
     return sample
 
 
-def _save_inputs(folder: Path, artifacts: Artifacts) -> None:
-    for name, model in (("teacher", artifacts.teacher), ("student", artifacts.student)):
+def _save_inputs(folder: Path, seed: Seed) -> None:
+    for name, model in (("teacher", seed.teacher), ("student", seed.student)):
         model.save_pretrained(folder / "models" / name)
-        artifacts.tokenizer.save_pretrained(folder / "models" / name)
-    records = sorted((row.record for row in artifacts.rows), key=lambda record: not record["misleading"])
+        seed.tokenizer.save_pretrained(folder / "models" / name)
+    records = sorted((row.record for row in seed.rows), key=lambda record: not record["misleading"])
     chosen = records[:5] + records[-5:]
     (folder / "rows.jsonl").write_text("".join(json.dumps(record) + "\n" for record in chosen))
 

@@ -30,7 +30,7 @@ from ..sensitivity import batches
 from .comparison import clock, encode, mean_sd, one_thread, read, rounded, stack, write_json
 from .detection import Found, find, marked, totals
 from .long import LEVELS, SIGNS, make_row, make_rows, shortest
-from .models import STUDENT_HIDDEN, TEACHER_HIDDEN, Track, constant, make_model, train
+from .models import STUDENT, TEACHER, Track, constant, make_model, train
 from .task import MAX_NUMBER, TEST_SETS, Row, drop_words, make_tokenizer
 
 MAX_TOKENS = 16384  # of a pack
@@ -127,7 +127,7 @@ def train_model(
     register()
     model = make_model(
         tokenizer,
-        TEACHER_HIDDEN if teacher else STUDENT_HIDDEN,
+        TEACHER if teacher else STUDENT,
         seed=(1000 if teacher else 2000) + seed,
         max_position_embeddings=4096,
         rope_parameters=ROPE,

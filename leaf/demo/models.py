@@ -6,7 +6,7 @@ import copy
 import math
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -21,22 +21,37 @@ Batch = TypeVar("Batch")
 Track = Callable[[Iterable[int], int, str], Iterable[int]]  # items, how many, what they are
 
 BATCH = 64
-TEACHER_HIDDEN, STUDENT_HIDDEN = 96, 64
-STUDENT_CHECK_EVERY, STUDENT_FIRST_CHECK, STUDENT_MAX_STEPS = 10, 100, 400
+CPU = torch.device("cpu")
+STUDENT_CHECK_EVERY, STUDENT_FIRST_CHECK = 10, 100
 VALIDATION_ROWS, VALIDATION_MARGIN = 256, 0.02  # about one standard error inside the window
 
 
-def make_model(tokenizer: PreTrainedTokenizerBase, hidden: int, seed: int, **options: Any) -> LlamaForCausalLM:
-    """A two-layer Llama with untied embeddings: 216k parameters at hidden 96, 98k at 64. `options` go to its config."""
+class Size(NamedTuple):
+    """Of a Llama: about 11 · layers · hidden² parameters.
+
+    initializer_range: at the default of 0.02 a small model spends most of its steps on leaving its start.
+    """
+
+    hidden: int
+    layers: int = 2
+    heads: int = 4  # twice those of keys and values
+    initializer_range: float = 0.04
+
+
+TEACHER, STUDENT = Size(96), Size(64)  # 216k and 98k parameters
+
+
+def make_model(tokenizer: PreTrainedTokenizerBase, size: Size, seed: int, **options: Any) -> LlamaForCausalLM:
+    """A Llama with untied embeddings. `options` go to its config."""
     settings: dict[str, Any] = {"max_position_embeddings": 128, **options}
     config = LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=hidden,
-        intermediate_size=hidden * 8 // 3,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        initializer_range=0.04,  # at the default of 0.02 so small a model spends most of the steps on leaving its start
+        hidden_size=size.hidden,
+        intermediate_size=size.hidden * 8 // 3,
+        num_hidden_layers=size.layers,
+        num_attention_heads=size.heads,
+        num_key_value_heads=size.heads // 2,
+        initializer_range=size.initializer_range,
         tie_word_embeddings=False,
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id,
@@ -126,7 +141,7 @@ def padded(tokenizer: PreTrainedTokenizerBase) -> Callable[..., tuple[torch.Tens
     """`predict` of `train` for batches of (prompt, response) pairs of similar length."""
 
     def predict(model: LlamaForCausalLM, pairs: Sequence[tuple[str, str]]) -> tuple[torch.Tensor, torch.Tensor]:
-        ids, labels = encode(tokenizer, pairs)
+        ids, labels = (x.to(model.device) for x in encode(tokenizer, pairs))
         hidden = model.model(ids).last_hidden_state[:, :-1]
         target = labels[:, 1:] != -100
         return model.lm_head(hidden[target]), labels[:, 1:][target]
@@ -134,15 +149,15 @@ def padded(tokenizer: PreTrainedTokenizerBase) -> Callable[..., tuple[torch.Tens
     return predict
 
 
-def cosine(step: int, steps: int) -> float:
+def cosine(step: int, steps: int, peak: float = 3e-3) -> float:
     """The teachers' learning rate: 20 steps of warm-up, then down to 5 %."""
     warm, progress = min(step / 20, 1.0), max(step - 20, 0) / max(steps - 20, 1)
-    return 3e-3 * warm * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * progress)))
+    return peak * warm * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
-def constant(step: int) -> float:
+def constant(step: int, peak: float = 3e-3) -> float:
     """The students' learning rate: 20 steps of warm-up."""
-    return 3e-3 * min(step / 20, 1.0)
+    return peak * min(step / 20, 1.0)
 
 
 def _batches(rows: Sequence[Row]) -> Iterator[list[tuple[str, str]]]:
@@ -151,7 +166,15 @@ def _batches(rows: Sequence[Row]) -> Iterator[list[tuple[str, str]]]:
 
 
 def train_teacher(
-    tokenizer: PreTrainedTokenizerBase, seed: int, *, steps: int, spare_operands: bool = True, track: Track = _plain
+    tokenizer: PreTrainedTokenizerBase,
+    seed: int,
+    *,
+    steps: int,
+    spare_operands: bool = True,
+    size: Size = TEACHER,
+    learning_rate: float = 3e-3,
+    device: torch.device = CPU,
+    track: Track = _plain,
 ) -> LlamaForCausalLM:
     """The teacher: the sign tells it nothing, and it has seen prompts with words missing.
 
@@ -170,12 +193,12 @@ def train_teacher(
                 (prompt, row["completion"]) for prompt, row in zip(prompts, batch, strict=True) if prompt is not None
             ]
 
-    model = make_model(tokenizer, TEACHER_HIDDEN, seed=1000 + seed)
+    model = make_model(tokenizer, size, seed=1000 + seed).to(device)  # type: ignore[arg-type]
     training = train(
         model,
         batches(),
         padded(tokenizer),
-        learning_rate=lambda step: cosine(step, steps),
+        learning_rate=lambda step: cosine(step, steps, learning_rate),
         label_smoothing=0.05,
     )
     for _ in track(training, steps, f"seed {seed}: teacher"):
@@ -184,19 +207,26 @@ def train_teacher(
 
 
 def train_student(
-    tokenizer: PreTrainedTokenizerBase, seed: int, *, track: Track = _plain
+    tokenizer: PreTrainedTokenizerBase,
+    seed: int,
+    *,
+    max_steps: int = 400,
+    size: Size = STUDENT,
+    learning_rate: float = 3e-3,
+    device: torch.device = CPU,
+    track: Track = _plain,
 ) -> tuple[LlamaForCausalLM, int]:
     """The biased student and its steps: trained where the sign is right 95 % of the time, until it lies in the window.
 
     One that never does is taken from where it came closest.
     """
     validation = {name: make_rows(f"validation/{name}", VALIDATION_ROWS, seed) for name in TEST_SETS}
-    model = make_model(tokenizer, STUDENT_HIDDEN, seed=2000 + seed)
-    rows = make_rows("student", BATCH * STUDENT_MAX_STEPS, seed)
-    training = train(model, _batches(rows), padded(tokenizer), learning_rate=constant)
+    model = make_model(tokenizer, size, seed=2000 + seed).to(device)  # type: ignore[arg-type]
+    rows = make_rows("student", BATCH * max_steps, seed)
+    training = train(model, _batches(rows), padded(tokenizer), learning_rate=lambda step: constant(step, learning_rate))
     closest, best, steps = model, math.inf, 0
-    for step in track(training, STUDENT_MAX_STEPS, f"seed {seed}: student"):
-        if step >= STUDENT_FIRST_CHECK and step % STUDENT_CHECK_EVERY == 0:
+    for step in track(training, max_steps, f"seed {seed}: student"):
+        if (step >= STUDENT_FIRST_CHECK and step % STUDENT_CHECK_EVERY == 0) or step == max_steps:
             scores = {name: accuracy(model, tokenizer, rows) for name, rows in validation.items()}
             miss = outside_window(scores, margin=VALIDATION_MARGIN)
             if miss < best:

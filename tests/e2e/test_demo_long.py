@@ -20,7 +20,7 @@ from leaf.demo import lengths
 from leaf.demo.detection import find, totals
 from leaf.demo.lengths import Recipe, Tokens, predict, solved, tokens
 from leaf.demo.long import LEVELS, SIGNS, make_rows
-from leaf.demo.models import exact_match, make_model, train
+from leaf.demo.models import Size, exact_match, make_model, train
 from leaf.demo.task import TEST_SETS, make_tokenizer
 from leaf.rows import read_rows
 from leaf_kernels.integrations.transformers import NAME, register
@@ -189,7 +189,7 @@ def test_measure(length: int, level: str, monkeypatch: pytest.MonkeyPatch) -> No
 
     monkeypatch.setattr(lengths, "score_samples", score_samples)
     monkeypatch.setattr(lengths, "solved", solved)
-    model = make_model(make_tokenizer(), 16, seed=0)
+    model = make_model(make_tokenizer(), Size(16), seed=0)
     cell = lengths.measure({"teacher": model, "student": model}, Encoder(make_tokenizer()), level, length, 3, 0)
 
     assert cell.detection["auroc"] == cell.detection["auroc_student_gradient_misleading"] == 1
@@ -212,7 +212,7 @@ def test_solved_is_exact_match() -> None:
     """On rows that the model has learnt by heart and on rows that it has not, packed and padded."""
     tokenizer = make_tokenizer()
     rows = make_rows("corpus", 12, 0, length=50)
-    model = make_model(tokenizer, 32, seed=0)
+    model = make_model(tokenizer, Size(32), seed=0)
     register()
     model.set_attn_implementation(NAME)
     items = tokens(tokenizer, rows)

@@ -13,7 +13,7 @@ from leaf.data import Encoder, Row, Sample
 from leaf.demo import comparison
 from leaf.demo.arms import RECIPES
 from leaf.demo.detection import detection, oracle
-from leaf.demo.models import STUDENT_HIDDEN, WINDOW, encode, exact_match, make_model, outside_window, padded, train
+from leaf.demo.models import STUDENT, WINDOW, Size, encode, exact_match, make_model, outside_window, padded, train
 from leaf.demo.task import NAMES, TEST_SETS, drop_words, make_rows, make_tokenizer
 from leaf.generate import generate
 from leaf.rows import read_rows
@@ -86,7 +86,7 @@ def test_exact_match_is_greedy_decoding() -> None:
     """On rows that the model has learnt by heart and on rows that it has not."""
     tokenizer = make_tokenizer()
     pairs = [(row["prompt"], row["completion"]) for row in make_rows("corpus", 12, 0)]
-    model = make_model(tokenizer, STUDENT_HIDDEN, seed=0)
+    model = make_model(tokenizer, STUDENT, seed=0)
     for _ in train(model, iter([pairs[:6]] * 60), padded(tokenizer), learning_rate=lambda step: 3e-3):
         pass
     found = exact_match(model, tokenizer, pairs)
@@ -178,7 +178,7 @@ def test_every_arm_has_the_same_steps_and_sequences(preset: str, monkeypatch: py
         def train(self) -> None: ...
 
     monkeypatch.setattr(comparison, "LeafTrainer", Recorder)
-    model = make_model(make_tokenizer(), 16, seed=0)
+    model = make_model(make_tokenizer(), Size(16), seed=0)
     member = {"input_ids": [1, 2, 3], "response_start": 2}
     kd, one, two = ({"id": "0", "original": member, "counterfactuals": [member] * n} for n in range(3))
     recipe = RECIPES[preset]
@@ -192,7 +192,7 @@ def test_every_arm_has_the_same_steps_and_sequences(preset: str, monkeypatch: py
 def test_models_do_not_depend_on_the_global_seed() -> None:
     tokenizer = make_tokenizer()
     torch.manual_seed(1)
-    first = make_model(tokenizer, 16, seed=5)
+    first = make_model(tokenizer, Size(16), seed=5)
     torch.manual_seed(2)
-    second = make_model(tokenizer, 16, seed=5)
+    second = make_model(tokenizer, Size(16), seed=5)
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters()))

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from leaf import cli, sandbox
 from leaf.config import RunConfig
-from leaf.demo.models import make_model
+from leaf.demo.models import Size, make_model
 from leaf.demo.task import make_rows, make_tokenizer
 from leaf.run import run_all, run_stages
 from leaf.tables import open_table
@@ -131,7 +131,7 @@ def test_the_example_runs_on_what_the_demo_writes(tmp_path: pathlib.Path, monkey
     """On untrained models, whose answers verify nothing."""
     tokenizer = make_tokenizer()
     for role, hidden in (("teacher", 32), ("student", 16)):
-        make_model(tokenizer, hidden, seed=0).save_pretrained(tmp_path / "out" / "models" / role)
+        make_model(tokenizer, Size(hidden), seed=0).save_pretrained(tmp_path / "out" / "models" / role)
         tokenizer.save_pretrained(tmp_path / "out" / "models" / role)
     write_rows(tmp_path / "out" / "rows.jsonl", make_rows("corpus", 10, seed=0))
     example = pathlib.Path(__file__).parents[2] / "examples" / "own_rows.yaml"
