@@ -207,7 +207,9 @@ class Pair(NamedTuple):
 def make_pair(student: LlamaConfig, teacher: LlamaConfig, device: torch.device, dtype: torch.dtype) -> Pair:
     torch.manual_seed(0)
     with device:
-        models = [AutoModelForCausalLM.from_config(config, dtype=dtype) for config in (student, teacher)]
+        # A model writes its attention implementation into its config
+        configs = (copy.deepcopy(config) for config in (student, teacher))
+        models = [AutoModelForCausalLM.from_config(config, dtype=dtype) for config in configs]
     register()
     return Pair(models[0].train(), models[1].eval().requires_grad_(False))
 

@@ -101,6 +101,7 @@ def test_a_run_that_is_cut_goes_on_with_the_same_models_and_is_summed_up(tmp_pat
     assert not run(folder, budget=-1, commit="b")
 
 
+@pytest.mark.slow
 def test_without_its_models_a_seed_starts_anew(tmp_path, capsys):
     assert not run(tmp_path, budget=-1)
     assert "still to measure: seed 0 (3 arms), seed 1 (3 arms)" in capsys.readouterr().out
@@ -114,6 +115,7 @@ def test_without_its_models_a_seed_starts_anew(tmp_path, capsys):
     assert json.loads(path.read_text())["arms"]["kd"]["clean"] != 0.123
 
 
+@pytest.mark.slow
 def test_an_arm_without_groups_in_one_seed_is_absent_from_the_summary(tmp_path, monkeypatch):
     prune, calls = comparison.prune, []
 

@@ -50,7 +50,9 @@ cli.main(sys.argv[1:])
 """
 
 
-@pytest.mark.parametrize("table", ["score-teacher", "score", "prune"])
+@pytest.mark.parametrize(
+    "table", ["score-teacher", *(pytest.param(name, marks=pytest.mark.slow) for name in ("score", "prune"))]
+)
 def test_kill_and_resume_equals_an_uninterrupted_run(
     tmp_path: pathlib.Path, pair: dict[str, str], table: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

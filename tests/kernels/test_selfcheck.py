@@ -37,7 +37,10 @@ def test_every_public_op_is_checked():
     assert functions - helpers == set(OPS)
 
 
-@pytest.mark.parametrize(("interpret", "served"), [("0", "what serves a CPU"), ("1", "in the interpreter")])
+@pytest.mark.parametrize(
+    ("interpret", "served"),
+    [("0", "what serves a CPU"), pytest.param("1", "in the interpreter", marks=pytest.mark.slow)],
+)
 def test_the_command_passes_here_without_pytest(interpret, served):
     as_command = "import runpy; runpy.run_module('leaf_kernels.testing', run_name='__main__')"
     done = run(["-c", f"import sys; sys.modules['pytest'] = None; {as_command}"], interpret)
