@@ -30,10 +30,9 @@ from benchmarks.timing import (
     Deadline,
     Row,
     allocated,
+    command,
     environment,
     interleave,
-    parser,
-    place,
     reason,
     run_cases,
     state,
@@ -213,13 +212,7 @@ def run(
     )
 
 
-def main(arguments: list[str] | None = None) -> int:
-    options = parser(__doc__, (case.name for case in CASES))
-    chosen = options.parse_args(arguments)
-    device, folder = place(options, chosen.output)
-    path = folder / "attention_mass.json"
-    complete = run(path, device, chosen.budget, resume=chosen.resume, commit=chosen.commit, only=chosen.cases)
-    return 0 if complete else 1
+main = partial(command, __doc__, CASES, "attention_mass", run)
 
 
 if __name__ == "__main__":

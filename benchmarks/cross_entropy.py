@@ -28,7 +28,7 @@ import torch.nn.functional as F
 
 from benchmarks import losses
 from benchmarks.losses import LOGIT_STD, Loss
-from benchmarks.timing import Deadline, Row, environment, parser, place, run_cases
+from benchmarks.timing import Deadline, Row, command, environment, run_cases
 from leaf_kernels import linear_cross_entropy
 
 PACKAGES = ("liger-kernel", "cut-cross-entropy")
@@ -176,13 +176,7 @@ def run(
     )
 
 
-def main(arguments: list[str] | None = None) -> int:
-    options = parser(__doc__, (case.name for case in CASES))
-    chosen = options.parse_args(arguments)
-    device, folder = place(options, chosen.output)
-    path = folder / "cross_entropy.json"
-    complete = run(path, device, chosen.budget, resume=chosen.resume, commit=chosen.commit, only=chosen.cases)
-    return 0 if complete else 1
+main = partial(command, __doc__, CASES, "cross_entropy", run)
 
 
 if __name__ == "__main__":

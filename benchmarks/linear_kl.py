@@ -43,7 +43,7 @@ import torch.nn.functional as F
 
 from benchmarks import losses
 from benchmarks.losses import LOGIT_STD, Loss
-from benchmarks.timing import Call, Deadline, Row, environment, line, parser, place, run_cases
+from benchmarks.timing import Call, Deadline, Row, command, environment, line, run_cases
 from leaf_kernels import linear_kl
 
 PACKAGES = ("trl", "liger-kernel", "fla-core")
@@ -435,13 +435,7 @@ def run(
     )
 
 
-def main(arguments: list[str] | None = None) -> int:
-    options = parser(__doc__, (case.name for case in CASES))
-    chosen = options.parse_args(arguments)
-    device, folder = place(options, chosen.output)
-    path = folder / "linear_kl.json"
-    complete = run(path, device, chosen.budget, resume=chosen.resume, commit=chosen.commit, only=chosen.cases)
-    return 0 if complete else 1
+main = partial(command, __doc__, CASES, "linear_kl", run)
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ import gc
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -38,11 +39,10 @@ from benchmarks.timing import (
     Deadline,
     Row,
     allocated,
+    command,
     environment,
     interleave,
     line,
-    parser,
-    place,
     reason,
     run_cases,
     state,
@@ -225,13 +225,7 @@ def run(
     return run_cases(path, device, budget, where, CASES, measure, verdicts, summary, resume=resume, only=only)
 
 
-def main(arguments: list[str] | None = None) -> int:
-    options = parser(__doc__, (case.name for case in CASES))
-    chosen = options.parse_args(arguments)
-    device, folder = place(options, chosen.output)
-    path = folder / "scoring.json"
-    complete = run(path, device, chosen.budget, resume=chosen.resume, commit=chosen.commit, only=chosen.cases)
-    return 0 if complete else 1
+main = partial(command, __doc__, CASES, "scoring", run)
 
 
 if __name__ == "__main__":

@@ -311,6 +311,21 @@ def place(parser: argparse.ArgumentParser, output: Path | None) -> tuple[torch.d
     return torch.device("cpu"), output
 
 
+def command(
+    description: str | None,
+    cases: Iterable[Any],
+    name: str,
+    run: Callable[..., bool],
+    arguments: list[str] | None = None,
+) -> int:
+    """The command of a benchmark: its options, handed to `run`, which measures into `<name>.json`; the exit status."""
+    options = parser(description, (case.name for case in cases))
+    chosen = options.parse_args(arguments)
+    device, folder = place(options, chosen.output)
+    path = folder / f"{name}.json"
+    return 0 if run(path, device, chosen.budget, resume=chosen.resume, commit=chosen.commit, only=chosen.cases) else 1
+
+
 def run_cases(
     path: Path,
     device: torch.device,
