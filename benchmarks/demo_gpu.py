@@ -36,7 +36,7 @@ from rich.console import Console
 from benchmarks.demo_seeds import Ui, read_seeds
 from benchmarks.timing import Deadline, OutOfTime, Row, environment, parser, place, reason, write_json
 from leaf.demo.arms import ARMS, RECIPES, Arm, Recipe
-from leaf.demo.comparison import Seed, one_thread, prepare, summarise
+from leaf.demo.comparison import NothingToLearn, Seed, one_thread, prepare, summarise
 from leaf.demo.models import Size
 from leaf.prune import PruneConfig
 
@@ -91,7 +91,7 @@ class Run:
             deadline.check()
             try:
                 shared.run(name, self.arms[name], self.ui)
-            except ValueError as error:  # nothing is left to train on
+            except NothingToLearn as error:
                 shared.counterfactuals.pop(name, None)
                 absent[name] = reason(error)
             self.write(shared, absent)

@@ -86,9 +86,11 @@ def execute(command: Sequence[str], run: Run, log: Path | None = None) -> int | 
     )
     try:
         return process.wait(None if math.isinf(run.left) else max(run.left, 0))
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)  # its compilers too
+    except BaseException as error:  # out of time, or interrupted: nothing of it goes on, its compilers neither
+        os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+        if not isinstance(error, subprocess.TimeoutExpired):
+            raise
         return None
     finally:
         if out:
@@ -156,6 +158,19 @@ def self_check(path: Path) -> int:
     return int(any(outcome["failure"] for outcome in outcomes))
 
 
+def half(run: Run, only: str | None) -> Run:
+    """`check` compiles everything: it leaves half of the budget to the stages that follow, and goes on the next time."""
+    return run if only else run._replace(end=time.monotonic() + run.left / 2)
+
+
+def _only(device: torch.device) -> dict[str, str]:
+    """What hides all other GPUs from the stages."""
+    if device.type != "cuda":
+        return {}
+    visible, index = os.environ.get("CUDA_VISIBLE_DEVICES"), device.index or 0
+    return {"CUDA_VISIBLE_DEVICES": visible.split(",")[index] if visible else str(index)}
+
+
 # -- peers -------------------------------------------------------------------------------------------------------------
 
 
@@ -192,12 +207,12 @@ def main(arguments: list[str] | None = None) -> int:
             except (ValueError, subprocess.CalledProcessError) as error:
                 parser.error(str(error))
         path = os.pathsep.join(filter(None, [str(ROOT), peers, os.environ.get("PYTHONPATH")]))
-        run = Run(device, folder.resolve(), end, chosen.commit, {**os.environ, "PYTHONPATH": path})
+        run = Run(device, folder.resolve(), end, chosen.commit, {**os.environ, **_only(device), "PYTHONPATH": path})
         done = {}
         for stage in [chosen.stage] if chosen.stage else STAGES:
             if run.left > 0:
                 print(f"-- {stage}", flush=True)
-                done[stage] = check(run) if stage == "check" else benchmark(stage, run)
+                done[stage] = check(half(run, chosen.stage)) if stage == "check" else benchmark(stage, run)
             else:
                 done[stage] = False
     missing = [stage for stage, complete in done.items() if not complete]
@@ -206,4 +221,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as an interrupt: the stage ends too
     sys.exit(main())

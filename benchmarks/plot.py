@@ -183,7 +183,7 @@ def goals(*files: dict[str, Any]) -> Figure | None:
     ax.set_yticks(range(len(every)), labels, fontsize=8, parse_math=False)
     ax.invert_yaxis()
     ax.set_xlabel("of what is wanted (right of 1: reached; grey: within noise; |: stretch)")
-    return noted(fig, where(files[0]["rows"][0]))
+    return noted(fig, "\n".join(dict.fromkeys(where(results["rows"][0]) for results in files if results["goals"])))
 
 
 def roofline(*files: dict[str, Any]) -> Figure | None:
@@ -200,7 +200,7 @@ def roofline(*files: dict[str, Any]) -> Figure | None:
     ax.axvline(1, color="black", lw=1, zorder=1)
     ax.invert_yaxis()
     fig.legend(loc="outside upper right", ncols=4, frameon=False, fontsize="small")
-    return noted(fig, where(rows[0]))
+    return noted(fig, "\n".join(dict.fromkeys(map(where, rows))))
 
 
 def noted(fig: Figure, text: str) -> Figure:
@@ -231,10 +231,15 @@ def drawings(results: Path) -> Iterator[Drawing]:
     for folder in sorted({path.parent for path in results.glob("*/*.json")}):
         yield Drawing(f"{folder.name}/demo", [folder / "demo.json"], demo)
         paths = sorted(folder.glob("*.json"))
-        if measured := [path for path in paths if {"rows", "goals"} <= json.loads(path.read_text()).keys()]:
+        if measured := [path for path in paths if _has_goals(json.loads(path.read_text()))]:
             yield Drawing(f"{folder.name}/e2e", [folder / "e2e.json"], e2e)
             yield Drawing(f"{folder.name}/goals", measured, goals)
             yield Drawing(f"{folder.name}/roofline", measured, roofline)
+
+
+def _has_goals(results: dict[str, Any]) -> bool:
+    """Or none: what `benchmarks.tune` found are no goals."""
+    return {"rows", "goals"} <= results.keys() and all("goal" in goal for goal in results["goals"])
 
 
 def digest(sources: list[Path]) -> str:

@@ -65,12 +65,12 @@ def _environment() -> Grid:
         except importlib.metadata.PackageNotFoundError:
             version = "absent (optional)" if name in OPTIONAL else "absent"
         grid.add_row(name, version)
-    grid.add_row("compiled kernels", precompiled_kernels())
+    gpus = [torch.cuda.get_device_properties(n) for n in range(torch.cuda.device_count())]
+    grid.add_row("compiled kernels", precompiled_kernels([f"sm_{gpu.major}{gpu.minor}" for gpu in gpus]))
     if triton := importlib.util.find_spec("triton"):
         grid.add_row("C compiler", _c_compiler(Path(str(triton.origin)).parent))
     grid.add_row("cpu", f"{torch.get_num_threads()} threads")
-    for n in range(torch.cuda.device_count()):
-        gpu = torch.cuda.get_device_properties(n)
+    for n, gpu in enumerate(gpus):
         grid.add_row(f"cuda:{n}", f"{gpu.name}, sm_{gpu.major}{gpu.minor}, {gpu.total_memory / 2**30:.0f} GiB")
     if not torch.cuda.is_available():
         grid.add_row("cuda", "none: everything runs on the CPU with the reference implementations")

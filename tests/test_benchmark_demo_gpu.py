@@ -128,7 +128,7 @@ def test_an_arm_without_groups_in_one_seed_is_absent_from_the_summary(tmp_path, 
     results = json.loads((tmp_path / "demo.json").read_text())
     assert "tau_0.15" in json.loads((tmp_path / "demo" / "seed-01.json").read_text())["arms"]
     assert list(results["arms"]) == ["teacher", "student", "kd"]
-    assert results["absent"]["tau_0.15"].startswith("ValueError: demo: no group is left")
+    assert results["absent"]["tau_0.15"].startswith("NothingToLearn: demo: no group is left")
 
 
 def test_sizes_of_the_recipe_are_those_that_are_said():

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import tune
+from benchmarks import timing, tune
 from benchmarks.compile_gate import Case
 from leaf_kernels._runtime import launch
-from leaf_kernels.ops.pruned_attention.configs import _TABLE, Tile
+from leaf_kernels.ops.pruned_attention.configs import TILES, Tile
 
 
 def row(
@@ -62,6 +62,28 @@ def test_a_run(monkeypatch, tmp_path, capsys):
     assert "forward-64, options all" in capsys.readouterr().out
 
 
+def test_results_are_equal_up_to_rounding():
+    """Also where one is empty: the deterministic backward_kv gives no dq."""
+    some, none = torch.linspace(-1, 1, 5), torch.empty(0)
+    assert tune.same((some, none), (some + 0.01, none))
+    assert not tune.same((some, none), (some + 0.03, none))
+
+
+def test_an_update_keeps_what_was_not_searched(tmp_path):
+    """And forgets what is not faster any more."""
+    path, kept = tmp_path / "gpu.json", [[1], [2]]
+    timing.write_json(path, {"tiles": {"forward": {"64": kept, "128": kept}, "mass": {"64": kept}}})
+    faster = [
+        row([1], 1.0, options=o, shipped=s) if s else row([5], 0.5, options=o) for o in ("none", "all") for s in (1, 0)
+    ]
+    same = [row([1], 1.0, case="forward-128", options=options, shipped=True) for options in ("none", "all")]
+    tune.update(path, tune.verdicts([*faster, *same]), {"gpu": "a"})
+    assert json.loads(path.read_text()) == {
+        "environment": {"gpu": "a"},
+        "tiles": {"forward": {"64": [[5], [5]]}, "mass": {"64": kept}},
+    }
+
+
 @pytest.mark.compile_gate
 def test_tiles_that_spill_or_do_not_fit_are_dropped():
     case = Case("sm_80", "forward", 64)
@@ -70,7 +92,5 @@ def test_tiles_that_spill_or_do_not_fit_are_dropped():
 
 
 def test_every_kernel_that_a_launch_asks_for_is_searched():
-    assert {(s.kernel, s.size) for s in tune.SEARCHES} == {
-        (k, n) for k, sizes in _TABLE["sm_90"].items() for n in sizes
-    }
+    assert {(s.kernel, s.size) for s in tune.SEARCHES} == {(k, n) for k, sizes in TILES["sm_90"].items() for n in sizes}
     assert launch.slug("NVIDIA GeForce RTX 4090") == "nvidia-geforce-rtx-4090"

@@ -264,6 +264,8 @@ def test_what_is_carried_is_said(carried, monkeypatch):
     assert precompiled.precompiled_kernels() == "none: compiled at first use"
     manifest()
     assert precompiled.precompiled_kernels() == f"7 for sm_80, sm_90 and Triton {triton.__version__}"
+    found = precompiled.precompiled_kernels(["sm_90", "sm_89", "sm_89"])
+    assert found == f"7 for sm_80, sm_90 and Triton {triton.__version__}, none for sm_89: compiled at first use there"
     manifest(triton="3.5.0")
     assert f"Triton 3.5.0, but {triton.__version__} is installed: compiled" in precompiled.precompiled_kernels()
     manifest(triton_build="another")

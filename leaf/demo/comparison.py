@@ -92,6 +92,10 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+class NothingToLearn(ValueError):
+    """An arm has no group."""
+
+
 @dataclass
 class Seed:
     """The models of a seed, what all of its arms share, and what was found of those that ran."""
@@ -224,7 +228,7 @@ def distil(
     counterfactual half as many groups, and in between (on average) where some have one.
     """
     if not groups:
-        raise ValueError("demo: no group is left to train on; the models are not what this recipe expects")
+        raise NothingToLearn("demo: no group is left to train on; the models are not what this recipe expects")
     paired = sum(bool(group["counterfactuals"]) for group in groups) / len(groups)
     batch = int(2 * recipe.groups / (1 + paired))
     with tempfile.TemporaryDirectory() as folder:

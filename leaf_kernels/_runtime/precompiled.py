@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +47,11 @@ class PrecompiledKernel:
         return {path.name: str(path) for path in self.folder.iterdir()}
 
 
-def precompiled_kernels() -> str:
-    """Whether this installation brings compiled kernels, for what, and whether the installed Triton can use them."""
+def precompiled_kernels(gpus: Collection[str] = ()) -> str:
+    """Whether this installation brings compiled kernels, for what, and whether the installed Triton and `gpus` can use them.
+
+    gpus: architectures of the machine, as "sm_90".
+    """
     try:
         manifest = json.loads((FOLDER / MANIFEST).read_text())
     except FileNotFoundError:
@@ -63,6 +67,8 @@ def precompiled_kernels() -> str:
         return f"{what}, but another build of it is installed (for another Python?): compiled at first use"
     if sources() != manifest["sources"]:
         return f"{what}, but the sources of the kernels have changed: compiled at first use"
+    if absent := sorted(set(gpus) - set(manifest["architectures"])):
+        return f"{what}, none for {', '.join(absent)}: compiled at first use there"
     return what
 
 

@@ -42,7 +42,7 @@ def test_the_machine_alone() -> None:
 
 def test_what_first_launches_need(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None:
     pytest.importorskip("triton", reason="Triton launches kernels")
-    monkeypatch.setattr(doctor, "precompiled_kernels", lambda: "7 for sm_90")
+    monkeypatch.setattr(doctor, "precompiled_kernels", lambda gpus: "7 for sm_90")
     monkeypatch.setenv("CC", "/opt/cc")
     shown = check()[1]
     assert "7 for sm_90" in shown

@@ -20,7 +20,7 @@ class Tile(NamedTuple):
 
 # architecture → kernel → head sizes up to → (configuration, the same with `keep` or a softcap, which take registers).
 # Largest tiles that compile without spills with Triton 3.6 and 3.9: see benchmarks/compile_gate.py.
-_TABLE: dict[str, dict[str, dict[int, tuple[Tile, Tile]]]] = {
+TILES: dict[str, dict[str, dict[int, tuple[Tile, Tile]]]] = {
     "sm_80": {
         "forward": {
             64: (Tile(128, 64, 8, 3), Tile(128, 64, 8, 3)),
@@ -124,7 +124,7 @@ def _by_head_size(kernel: str, device: torch.device) -> dict[int, tuple[Tile, Ti
     """What was tuned on this GPU, over what suits its architecture: the same nesting."""
     found = tuned(device).get("tiles", {}).get(kernel, {})
     own = {int(size): (Tile(*plain), Tile(*extras)) for size, (plain, extras) in found.items()}
-    return {**_TABLE[architecture(device)].get(kernel, {}), **own}
+    return {**TILES[architecture(device)].get(kernel, {}), **own}
 
 
 def tile_for(kernel: str, head_dim: int, dtype: torch.dtype, device: torch.device, *, extras: bool) -> Tile:
@@ -139,7 +139,7 @@ def tile_for(kernel: str, head_dim: int, dtype: torch.dtype, device: torch.devic
 
 def fused_tile(head_dim: int, dtype: torch.dtype, device: torch.device, *, extras: bool) -> Tile | None:
     """The configuration of the fused backward, or None where it is not offered."""
-    offered = "backward_fused" in _TABLE.get(architecture(device), {}) and head_dim <= 128
+    offered = "backward_fused" in TILES.get(architecture(device), {}) and head_dim <= 128
     if architecture(device) == "interpreter" or (offered and dtype is not torch.float32):
         return tile_for("backward_fused", head_dim, dtype, device, extras=extras)
     return None
