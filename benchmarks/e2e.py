@@ -17,8 +17,8 @@ Memory is what is allocated at most, weights included. Implementations:
 
     leaf        the objective of LeafTrainer on packed groups
     released    what the paper's code does: sequence by sequence, softmaxes of both models at all positions, in fp32
-    trl_gkd     TRL's GKD loss on the logits of both models, sequence by sequence
-    liger       LigerFusedLinearJSD on the hidden states of both models, sequence by sequence
+    trl_gkd     TRL's GKD loss on the logits of both models, of which it takes the response, sequence by sequence
+    liger       LigerFusedLinearJSD on the hidden states of both models at the response, sequence by sequence
 
 Nothing is measured of an implementation unless its loss and all its gradients are those of fp64, on small models in fp32.
 On a CPU, `--output DIR` runs every step on tiny cases; the numbers mean nothing.
@@ -278,17 +278,10 @@ def logits(pair: Pair, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return pair.student(ids, use_cache=False).logits[0], teacher
 
 
-def labels(ids: torch.Tensor, start: int) -> torch.Tensor:
-    """[L]: the token that a row predicts, −100 where it is none of the response."""
-    target = torch.full_like(ids[0], -100)
-    target[start - 1 : -1] = ids[0, start:]
-    return target
-
-
 def released(pair: Pair, ids: torch.Tensor, start: int) -> torch.Tensor:
     student, teacher = (F.softmax(z.float(), -1) for z in logits(pair, ids))
     values = torch.nan_to_num((teacher * (teacher.log() - student.log())).sum(-1))
-    return values[labels(ids, start) != -100].sum()
+    return values[start - 1 : -1].sum()
 
 
 def in_log_space(pair: Pair, ids: torch.Tensor, start: int) -> torch.Tensor:
@@ -306,10 +299,9 @@ def _gkd_loss() -> Callable[..., torch.Tensor]:
 
 
 def trl_gkd(pair: Pair, ids: torch.Tensor, start: int) -> torch.Tensor:
-    student, teacher = logits(pair, ids)
-    # beta = 0 is the forward KL
-    options = {"labels": labels(ids, start)[None], "beta": 0.0, "reduction": "sum"}
-    return _gkd_loss()(student[None], teacher[None], **options)
+    """As `GKDTrainer.compute_loss` calls it: the logits of all positions are made, the loss has those of the response."""
+    student, teacher = (z[None, start - 1 : -1] for z in logits(pair, ids))
+    return _gkd_loss()(student, teacher, beta=0.0, reduction="sum")  # beta = 0 is the forward KL
 
 
 @functools.cache
@@ -320,12 +312,13 @@ def _liger_loss() -> Any:
 
 
 def liger(pair: Pair, ids: torch.Tensor, start: int) -> torch.Tensor:
+    rows = slice(start - 1, -1)
     with torch.no_grad():
-        teacher = pair.teacher.base_model(ids, use_cache=False).last_hidden_state[0]
-    student = pair.student.base_model(ids, use_cache=False).last_hidden_state[0]
+        teacher = pair.teacher.base_model(ids, use_cache=False).last_hidden_state[0, rows]
+    student = pair.student.base_model(ids, use_cache=False).last_hidden_state[0, rows]
     weights = pair.student.get_output_embeddings().weight, pair.teacher.get_output_embeddings().weight
-    target = labels(ids, start)
-    return _liger_loss()(student, weights[0], teacher, weights[1], target) * (ids.shape[1] - start)
+    target = ids[0, start:]
+    return _liger_loss()(student, weights[0], teacher, weights[1], target) * len(target)
 
 
 PROVIDERS: dict[str, Callable[[Pair, list[Group]], Backward]] = {

@@ -29,26 +29,25 @@ def quick(monkeypatch):
 
 
 class GKDTrainer:
-    """TRL's loss, in its words; beta = 0 is KL(teacher ‖ student)."""
+    """TRL's loss, in its words; beta = 0 is KL(teacher ‖ student). Its trainer hands it the rows of the response alone."""
 
     @staticmethod
     def generalized_jsd_loss(student, teacher, labels=None, beta=0.5, temperature=1.0, reduction="batchmean"):
-        assert (beta, temperature, reduction) == (0.0, 1.0, "sum")
-        value = F.kl_div(F.log_softmax(student, -1), F.log_softmax(teacher, -1), reduction="none", log_target=True)
-        return value[labels != -100].sum()
+        assert (labels, beta, temperature, reduction) == (None, 0.0, 1.0, "sum")
+        return F.kl_div(F.log_softmax(student, -1), F.log_softmax(teacher, -1), reduction="sum", log_target=True)
 
 
 class LigerFusedLinearJSD:
-    """Liger's, in its words: a mean over the rows that have a label."""
+    """Liger's, in its words: a mean over the rows that have a label, here all of them."""
 
     def __init__(self, jsd_beta):
         assert jsd_beta == 0.0
 
     def __call__(self, student, student_weight, teacher, teacher_weight, labels):
-        value = GKDTrainer.generalized_jsd_loss(
-            student @ student_weight.T, teacher @ teacher_weight.T, labels, beta=0.0, reduction="sum"
-        )
-        return value / (labels != -100).sum()
+        assert len(student) == len(teacher) == len(labels)
+        assert (labels != -100).all()
+        logits = student @ student_weight.T, teacher @ teacher_weight.T
+        return GKDTrainer.generalized_jsd_loss(*logits, beta=0.0, reduction="sum") / len(labels)
 
 
 @pytest.fixture
