@@ -54,6 +54,7 @@ from benchmarks.timing import (
     run_cases,
     state,
 )
+from leaf.generate import is_out_of_memory
 from leaf.objective import distillation, head_of, hidden_states, install
 from leaf.pack import Collator, Group
 from leaf_kernels.integrations.transformers import NAME, register
@@ -150,7 +151,10 @@ GOALS = (
 
 
 def longest(rows: Iterable[Row]) -> dict[str, int]:
-    """Tokens of the longest sample that each implementation trained on; 0 where none fitted, nothing where not yet known."""
+    """Tokens of the longest sample that each implementation trained on; 0 where none fitted.
+
+    Nothing where it is not known: a length is still to try, or failed of something else than memory.
+    """
     fits: dict[str, dict[int, bool]] = {}
     for row in rows:
         if "fits" in row:
@@ -475,22 +479,25 @@ class Bench:
         return {**own, "peak_bytes": own["peak_bytes"] + sum(x.nbytes for x in (*parameters, *moments))}
 
     def fits(self, name: str, case: Case) -> Row:
-        """Whether a step fits; where that follows from other lengths it is not tried."""
+        """Whether a step fits; where that follows from other lengths it is not tried. Absent where anything but memory fails:
+        that says nothing about other lengths.
+        """
         tried = {r["tokens"]: r["fits"] for r in self.rows if r.get("provider") == name and "fits" in r}
         if any(fit and tokens > case.tokens for tokens, fit in tried.items()):
             return {"fits": True, "follows": True}
         if any(not fit and tokens < case.tokens for tokens, fit in tried.items()):
             return {"fits": False, "follows": True}
         try:
-            own = self.memory(self.step(name, case, checkpointing=True))
-        except Exception as error:  # out of memory, or what else a library says to so many tokens
-            self.recover()
-            return {"fits": False, "why": reason(error)}
-        return {"fits": True, **own, **state(self.device)}
+            return {"fits": True, **self.memory(self.step(name, case, checkpointing=True)), **state(self.device)}
+        except Exception as error:
+            why, too_long = reason(error), is_out_of_memory(error)
+        self.recover()  # only now: the error's traceback held what is freed
+        return {"fits": False, "why": why} if too_long else {"absent": why}
 
     def recover(self) -> None:
-        """After a step that failed half-way."""
-        self.optimizer.zero_grad()
+        """After a step that failed half-way, or before there was a model, which is not made here."""
+        if pair := self.__dict__.get("pair"):
+            pair.student.zero_grad()
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()

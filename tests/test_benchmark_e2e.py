@@ -122,15 +122,34 @@ def test_the_longest_sample_is_found_in_few_steps(monkeypatch, limit):
     assert said.endswith(f"{'at least ' if limit == e2e.LENGTHS[-1] else ''}{limit} tokens")
 
 
-def test_what_stops_a_length_is_recorded(monkeypatch):
-    bench = e2e.Bench(CPU, [])
+@pytest.mark.parametrize(
+    ("error", "row"),
+    [
+        (RuntimeError("CUDA error: out of memory\nmore"), {"fits": False, "why": "RuntimeError: CUDA error: out of memory"}),
+        (RuntimeError("int32 overflow\nmore"), {"absent": "RuntimeError: int32 overflow"}),
+    ],
+)
+def test_only_memory_is_too_little_for_a_length(monkeypatch, error, row):
+    rows: list[dict] = []
+    bench = e2e.Bench(CPU, rows)
 
     def step(*arguments, **options):
-        raise RuntimeError("int32 overflow\nmore")
+        raise error
 
     monkeypatch.setattr(bench, "step", step)
-    monkeypatch.setattr(bench, "recover", lambda: None)
-    assert bench.fits("released", e2e.Case("", 4096)) == {"fits": False, "why": "RuntimeError: int32 overflow"}
+    assert bench.fits("leaf", e2e.Case("", 4096)) == row
+    assert "pair" not in bench.__dict__, "made only to be cleaned up"
+    rows.append({"provider": "leaf", "tokens": 4096, **row})
+    follows = bench.fits("leaf", e2e.Case("", 8192))
+    assert follows == ({"fits": False, "follows": True} if "fits" in row else row)
+
+
+def test_a_failure_of_ours_at_a_length_is_one_of_the_run(quick, monkeypatch, tmp_path):
+    memory = e2e.Bench.memory
+    monkeypatch.setattr(e2e.Bench, "checked", ({"leaf": {}}, {}))
+    monkeypatch.setattr(e2e.Bench, "memory", lambda *both: memory(*both)["no such column"])
+    assert not e2e.run(tmp_path / "e2e.json", CPU, 60, commit="a", only=["longest 2048"])
+    assert e2e.longest(json.loads((tmp_path / "e2e.json").read_text())["rows"]) == {}
 
 
 # -- goals -------------------------------------------------------------------------------------------------------------
