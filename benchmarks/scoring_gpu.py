@@ -171,8 +171,9 @@ class Bench:
         return {"ms": 1e3 * (time.perf_counter() - start), "samples": 1}
 
     def recover(self) -> None:
-        """After a run that may have failed half-way."""
-        self.model.zero_grad()
+        """After a run that may have failed half-way, or before there was a model, which is not made here."""
+        if model := self.__dict__.get("model"):
+            model.zero_grad()
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()

@@ -15,6 +15,7 @@ import platform
 import statistics
 import subprocess
 import time
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -344,7 +345,8 @@ def run_cases(
 
     A case has a `name`, and `tiny()` for a CPU. `where` is the environment; `summary` says the outcome in lines.
     `rows`, empty, collects the rows, for a `measure` that goes by those before. Every row with a time gets its `roofline`:
-    `floor_ms` by the anchors of this run over that time, or None.
+    `floor_ms` by the anchors of this run over that time, or None. What a case fails with is its reason to be without ours;
+    the next one follows, on the same device: an error that makes CUDA unusable shows in all the cases after it too.
     """
     cases, deadline, rows = list(cases), Deadline(budget), [] if rows is None else rows
     if resume and path.exists():  # only what was measured by the same code on the same machine goes on
@@ -361,6 +363,15 @@ def run_cases(
         rows.extend(new)
         write_json(path, {"rows": rows, "goals": verdicts(rows)})
 
+    def attempt(case: Any) -> Iterator[Row]:
+        try:
+            yield from measure(case if device.type == "cuda" else case.tiny(), deadline)
+        except OutOfTime:
+            raise
+        except Exception as error:
+            traceback.print_exc()
+            yield {"case": case.name, "provider": "leaf", "absent": reason(error)}
+
     try:
         if "anchors" not in done:
             add([{"case": "anchors", **anchors(device, deadline), **state(device)}])
@@ -368,7 +379,7 @@ def run_cases(
             if case.name in todo and case.name not in done:
                 deadline.check()
                 print(f"{case.name} …", flush=True)
-                add(measure(case if device.type == "cuda" else case.tiny(), deadline))
+                add(attempt(case))
     except OutOfTime:
         print(f"out of time after {budget:.0f} s; --continue goes on")
     missing = [name for name in todo if name not in {row["case"] for row in rows}]

@@ -125,7 +125,10 @@ def test_the_longest_sample_is_found_in_few_steps(monkeypatch, limit):
 @pytest.mark.parametrize(
     ("error", "row"),
     [
-        (RuntimeError("CUDA error: out of memory\nmore"), {"fits": False, "why": "RuntimeError: CUDA error: out of memory"}),
+        (
+            RuntimeError("CUDA error: out of memory\nmore"),
+            {"fits": False, "why": "RuntimeError: CUDA error: out of memory"},
+        ),
         (RuntimeError("int32 overflow\nmore"), {"absent": "RuntimeError: int32 overflow"}),
     ],
 )

@@ -107,3 +107,9 @@ def test_what_does_not_fit_is_absent_and_the_rest_goes_on(quick, tmp_path, monke
     rows = [row for row in json.loads(path.read_text())["rows"] if row["case"] != "anchors"]
     assert [row["provider"] for row in rows if "ms" in row] == ["leaf", "leaf"]
     assert {row["absent"] for row in rows if "absent" in row} == {"OutOfMemoryError: no memory"}
+
+
+def test_cleaning_up_makes_no_model(monkeypatch):
+    bench = scoring_gpu.Bench(CPU)
+    monkeypatch.setattr(scoring_gpu, "make_model", lambda *arguments: pytest.fail("made only to be cleaned up"))
+    bench.recover()

@@ -6,11 +6,22 @@ import json
 import sys
 import types
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
 
-from benchmarks import attention, tables, timing
+from benchmarks import (
+    attention,
+    attention_mass,
+    cross_entropy,
+    e2e,
+    linear_kl,
+    scoring_gpu,
+    tables,
+    timing,
+    token_scores,
+)
 from leaf_kernels import pruned_attention
 
 CPU = torch.device("cpu")
@@ -231,6 +242,54 @@ def test_a_cut_run_goes_on(quick, tmp_path, monkeypatch, capsys):
     assert not attention.run(path, CPU, 0, resume=True, commit="b")
     assert json.loads(path.read_text()) == both
     assert not list(tmp_path.glob("*.partial"))
+
+
+def test_a_case_that_fails_takes_no_other_with_it(quick, tmp_path, monkeypatch, capsys):
+    path, measure = tmp_path / "attention.json", attention.measure
+
+    def broken(case, *arguments):
+        yield from measure(case, *arguments)
+        if not case.groups:
+            raise RuntimeError("illegal access\nmore")
+
+    monkeypatch.setattr(attention, "measure", broken)
+    assert not attention.run(path, CPU, 60, commit="a")
+    assert "RuntimeError: illegal access" in capsys.readouterr().err, "with its traceback"
+    rows = json.loads(path.read_text())["rows"]
+    failed = [row for row in rows if row["case"] == "8b-4k" and row.get("absent") == "RuntimeError: illegal access"]
+    assert [row["provider"] for row in failed] == ["leaf"]
+    assert any(row["case"] == "8b-4k" and "ms" in row for row in rows), "what came before is kept"
+    assert any(row["case"] == "1b-groups-16-layers" and "ms" in row for row in rows)
+    assert not attention.run(path, CPU, 60, resume=True, commit="a")
+    assert json.loads(path.read_text())["rows"] == rows
+
+
+FILES = {
+    "attention": attention,
+    "attention_mass": attention_mass,
+    "cross_entropy": cross_entropy,
+    "e2e": e2e,
+    "linear_kl": linear_kl,
+    "scoring": scoring_gpu,
+    "token_scores": token_scores,
+}
+
+
+@pytest.mark.parametrize(("name", "module"), FILES.items(), ids=FILES)
+def test_a_case_that_failed_has_a_place_in_every_page(tmp_path, monkeypatch, capsys, name, module):
+    class Broken(NamedTuple):
+        name: str
+
+        def tiny(self):
+            raise RuntimeError("no such case")
+
+    anchors = {"copy_gb_s": 1.0, "matmul_tflop_s": 2.0, "driver": "x", "power_limit_w": "x"}
+    monkeypatch.setattr(timing, "anchors", lambda device, deadline: anchors)
+    monkeypatch.setattr(module, "CASES", tuple(Broken(case.name) for case in module.CASES[:2]))
+    assert not module.run(tmp_path / "some-gpu" / f"{name}.json", CPU, 60, commit="a")
+    printed = capsys.readouterr().out
+    assert all(f"{case.name}: leaf is absent: RuntimeError: no such case" in printed for case in module.CASES)
+    assert "commit `a`" in getattr(tables, f"gpu_{name}")(tmp_path)
 
 
 def test_a_spent_budget_starts_nothing(tmp_path):
