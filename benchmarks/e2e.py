@@ -479,8 +479,9 @@ class Bench:
         return {**own, "peak_bytes": own["peak_bytes"] + sum(x.nbytes for x in (*parameters, *moments))}
 
     def fits(self, name: str, case: Case) -> Row:
-        """Whether a step fits; where that follows from other lengths it is not tried. Absent where anything but memory fails:
-        that says nothing about other lengths.
+        """Whether a step fits; where that follows from other lengths it is not tried.
+
+        Absent where it fails of anything but memory: that says nothing about other lengths.
         """
         tried = {r["tokens"]: r["fits"] for r in self.rows if r.get("provider") == name and "fits" in r}
         if any(fit and tokens > case.tokens for tokens, fit in tried.items()):

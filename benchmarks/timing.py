@@ -7,6 +7,7 @@ runs with the wall clock, so that it can be tried out; such numbers are for nobo
 from __future__ import annotations
 
 import argparse
+import hashlib
 import importlib.metadata
 import json
 import math
@@ -245,15 +246,17 @@ def _version(package: str) -> str:
 
 
 def _commit() -> str:
-    def git(*arguments: str) -> str:
-        here = Path(__file__).parent
-        return subprocess.run(["git", *arguments], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
+    """The same for the same code only: with a hash of what is changed; never the same where it is not known."""
+
+    def git(*arguments: str) -> bytes:
+        return subprocess.run(["git", *arguments], cwd=Path(__file__).parent, capture_output=True, check=True).stdout
 
     try:
-        changed = git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":!/benchmarks/results")
-        return git("rev-parse", "HEAD") + ("+changes" if changed else "")
+        head = git("rev-parse", "HEAD").decode().strip()
+        changes = git("diff", "HEAD", "--", ":/", ":!/benchmarks/results")
     except (OSError, subprocess.SubprocessError):
-        return "unknown"
+        return f"unknown {os.urandom(4).hex()}"
+    return head + (f"+changes.{hashlib.sha256(changes).hexdigest()[:8]}" if changes else "")
 
 
 def write_json(path: Path, content: object) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 import types
 from pathlib import Path
@@ -17,6 +18,7 @@ from benchmarks import (
     cross_entropy,
     e2e,
     linear_kl,
+    plot,
     scoring_gpu,
     tables,
     timing,
@@ -302,6 +304,49 @@ def test_without_a_gpu_the_command_says_so(capsys):
     with pytest.raises(SystemExit):
         attention.main([])
     assert "no NVIDIA GPU here" in capsys.readouterr().err
+
+
+@pytest.fixture
+def checkout(tmp_path, monkeypatch):
+    """A repository, with the file that says where it is."""
+
+    def git(*arguments: str) -> str:
+        own = ["-c", "user.name=x", "-c", "user.email=x@x"]
+        return subprocess.run(
+            ["git", *own, *arguments], cwd=tmp_path, check=True, capture_output=True, text=True
+        ).stdout
+
+    (tmp_path / "benchmarks" / "results").mkdir(parents=True)
+    for name in ("timing.py", "results/some.json"):
+        (tmp_path / "benchmarks" / name).write_text("0")
+    git("init", "-q")
+    git("add", ".")
+    git("commit", "-qm", "x")
+    monkeypatch.setattr(timing, "__file__", str(tmp_path / "benchmarks" / "timing.py"))
+    return tmp_path / "benchmarks", git("rev-parse", "HEAD").strip()
+
+
+def test_changes_are_told_from_other_changes(checkout):
+    folder, head = checkout
+    (folder / "results" / "some.json").write_text("what was measured is no change")
+    assert timing._commit() == head
+    found = []
+    for content in (b"1", b"2", b"\xff", b"1"):
+        (folder / "timing.py").write_bytes(content)
+        found.append(timing._commit())
+    assert all(commit.startswith(f"{head}+changes") for commit in found)
+    assert found[0] == found[3]
+    assert len(set(found)) == 3
+    told = plot.where({"gpu": "x", "torch": "x", "commit": found[0]})
+    assert told.endswith(f"commit {head[:12]} with changes")
+
+
+def test_code_that_is_not_known_is_never_the_same(tmp_path, monkeypatch):
+    monkeypatch.setattr(timing, "__file__", str(tmp_path / "timing.py"))
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    commit = timing.environment(CPU)["commit"]
+    assert commit.startswith("unknown")
+    assert timing.environment(CPU)["commit"] != commit
 
 
 # -- the page ----------------------------------------------------------------------------------------------------------
