@@ -57,6 +57,7 @@ from benchmarks.timing import (
 from leaf.generate import is_out_of_memory
 from leaf.objective import distillation, head_of, hidden_states, install
 from leaf.pack import Collator, Group
+from leaf_kernels import SharedPrefixLayout
 from leaf_kernels.integrations.transformers import NAME, register
 from leaf_kernels.testing import pruned_groups
 
@@ -336,24 +337,31 @@ PROVIDERS: dict[str, Callable[[Pair, list[Group]], Backward]] = {
 # -- work --------------------------------------------------------------------------------------------------------------
 
 
-def flop(pair: Pair, groups: list[Group]) -> int:
-    """Of a step on packs, where a shared prefix is there once; what the optimizer, norms and softmaxes do is not counted.
+def model_flop(model: PreTrainedModel, layouts: Iterable[SharedPrefixLayout], rows: int, passes: int) -> int:
+    """Of one model on packs. `passes`: 1 the forward, 2 also the backward by inputs, 3 also that by weights.
 
-    The teacher once and the student three times (forward, and backward by inputs and by weights): 2 · tokens · parameters
-    of the linear layers, 2 · response tokens · parameters of the head; attention as `attention.flop` counts, in every layer.
+    Each is 2 · tokens · parameters of the linear layers and 2 · `rows` · parameters of the head, which sees the response
+    alone; attention as `attention.flop` counts, in every layer. What norms and softmaxes do is not counted.
+    """
+    layouts, config = list(layouts), model.config
+    linear = sum(m.weight.numel() for m in model.base_model.modules() if isinstance(m, torch.nn.Linear))
+    head = model.get_output_embeddings().weight.numel()
+    heads = attention.Model("", config.num_attention_heads, config.num_key_value_heads, config.head_dim)
+    mode = "forward" if passes == 1 else "step"
+    products = linear * sum(layout.num_tokens for layout in layouts) + head * rows
+    return 2 * passes * products + sum(
+        attention.flop(heads, layout, mode, config.num_hidden_layers) for layout in layouts
+    )
+
+
+def flop(pair: Pair, groups: list[Group]) -> int:
+    """Of a step on packs, where a shared prefix is there once: the teacher forward, the student all three passes.
+
+    The optimizer is not counted.
     """
     layouts = [pack["layout"] for pack in Collator(MAX_TOKENS, concat=True)(groups)["packs"]]
-    total = 0
-    for model, trained in zip(pair, (True, False)):
-        config, body = model.config, model.base_model
-        linear = sum(m.weight.numel() for m in body.modules() if isinstance(m, torch.nn.Linear))
-        head = model.get_output_embeddings().weight.numel()
-        products = linear * sum(layout.num_tokens for layout in layouts) + head * response_tokens(groups)
-        heads = attention.Model("", config.num_attention_heads, config.num_key_value_heads, config.head_dim)
-        mode, layers = "step" if trained else "forward", config.num_hidden_layers
-        total += 2 * products * (3 if trained else 1)
-        total += sum(attention.flop(heads, layout, mode, layers) for layout in layouts)
-    return total
+    rows = response_tokens(groups)
+    return model_flop(pair.student, layouts, rows, passes=3) + model_flop(pair.teacher, layouts, rows, passes=1)
 
 
 # -- measuring ---------------------------------------------------------------------------------------------------------
@@ -442,7 +450,8 @@ class Bench:
         if case.tokens:
             for name in right:
                 deadline.check()
-                yield {**facts, "provider": name, "tokens": case.tokens, **self.fits(name, case)}
+                own = {"tokens": case.tokens, **right[name], "gate": "passed", **self.fits(name, case)}
+                yield {**facts, "provider": name, **own}
         else:
             yield from self.time(case, {**facts, "groups": case.groups}, right, absent, deadline)
 

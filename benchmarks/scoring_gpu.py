@@ -32,7 +32,7 @@ from typing import NamedTuple
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
-from benchmarks.e2e import SMALL_TEACHER, TEACHER, WITHIN
+from benchmarks.e2e import SMALL_TEACHER, TEACHER, WITHIN, model_flop
 from benchmarks.scoring import one_row, score_ours, score_released
 from benchmarks.timing import (
     Call,
@@ -48,6 +48,7 @@ from benchmarks.timing import (
     state,
 )
 from leaf.data import Sample
+from leaf_kernels import SharedPrefixLayout
 
 CHECKED = 192  # tokens of the row on which norms are held against fp64
 GOAL, WANTED = "D2", 2.5  # the released procedure's time over ours
@@ -77,6 +78,12 @@ def score(name: str, model: PreTrainedModel, row: Sample) -> torch.Tensor:
     """Norms of the row's tokens, on the CPU."""
     model.requires_grad_(name == "released").set_attn_implementation("sdpa")
     return PROVIDERS[name](model, row)
+
+
+def flop(model: PreTrainedModel, row: Sample) -> int:
+    """Of a forward and a backward by inputs; gradients by weights, which "released" makes, are none of the case's work."""
+    tokens = len(row.input_ids)
+    return model_flop(model, [SharedPrefixLayout.from_lengths([tokens])], tokens - row.response_start, passes=2)
 
 
 def make_model(config: LlamaConfig, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
@@ -151,7 +158,7 @@ class Bench:
                 found[name] |= timing.columns(spread)
         now = state(self.device)
         for name, own in found.items():
-            rate = {"tokens_per_second": 1e3 * case.tokens / own["ms"]}
+            rate = {"tokens_per_second": 1e3 * case.tokens / own["ms"], "flop": flop(self.model, row)}
             yield {**facts, "provider": name, **own, **rate, **now}
 
     def run(self, name: str, row: Sample) -> None:
@@ -196,6 +203,7 @@ def verdicts(rows: list[Row]) -> list[Row]:
             "at_most": False,
             "wanted": WANTED,
             "stretch": None,
+            "roofline": own["leaf"].get("roofline"),
             "noise": abs(value / WANTED - 1) < 2 * own["leaf"].get("aa_spread", 0.0),
             "passed": value >= WANTED,
             "passed_stretch": None,

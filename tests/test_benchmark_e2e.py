@@ -204,6 +204,8 @@ def test_a_run_measures_goes_on_and_fills_its_table(quick, tmp_path, capsys, mon
     assert both["rows"][: len(first)] == first
     lengths = [(row["provider"], row["tokens"], row["fits"]) for row in both["rows"] if "fits" in row]
     assert sorted(lengths) == [(name, n, True) for name in ("leaf", "released") for n in (16, 32)]
+    for row in both["rows"]:
+        assert "fits" not in row or {"gate", "loss_error", "gradient_error"} <= set(row)
     assert "longest context, leaf: at least 32 tokens" in capsys.readouterr().out
 
     for row in both["rows"]:

@@ -80,6 +80,7 @@ def test_a_run_measures_goes_on_and_fills_its_table(quick, tmp_path, capsys):
         assert row["tokens_per_second"] == pytest.approx(1e3 * row["tokens"] / row["ms"])
         assert row["peak_bytes"] > 10**5
         assert row["samples"] == (1 if case == "32k" else timing.ROUNDS)
+        assert row["flop"] > 10**7
         assert {"norm_error", "gate", "mode", "commit", "transformers"} <= set(row)
     ours, released = (measured["32k", name]["peak_bytes"] for name in ("leaf", "released"))
     assert ours < released
