@@ -49,6 +49,7 @@ from benchmarks.timing import (
     command,
     environment,
     interleave,
+    judge,
     line,
     reason,
     run_cases,
@@ -165,10 +166,7 @@ def longest(rows: Iterable[Row]) -> dict[str, int]:
 
 
 def verdicts(rows: list[Row]) -> list[Row]:
-    """Every goal held against the rows of one run: `passed` is None where something was not measured.
-
-    `noise` says that a ratio of times could lie on either side of `wanted`: within twice the A–A spread.
-    """
+    """Every goal held against the rows of one run: `passed` is None where something was not measured."""
     times = {row["provider"]: row for row in rows if "ms" in row}
     lengths, out = longest(rows), []
     for goal in GOALS:
@@ -183,16 +181,9 @@ def verdicts(rows: list[Row]) -> list[Row]:
             verdict["reason"] = "not measured: " + ("leaf" if best else " or ".join(goal.peers))
             continue
         value = peers[best] / found["leaf"] if timed else found["leaf"] / peers[best]
-        verdict |= {
-            "value": value,
-            "at_most": False,
-            "wanted": goal.wanted,
-            "stretch": goal.stretch,
-            "roofline": times["leaf"].get("roofline") if timed else None,
-            "noise": timed and abs(value / goal.wanted - 1) < 2 * times["leaf"]["aa_spread"],
-            "passed": value >= goal.wanted,
-            "passed_stretch": None if goal.stretch is None else value >= goal.stretch,
-        }
+        spread = times["leaf"]["aa_spread"] if timed else 0.0
+        verdict |= judge(value, goal.wanted, goal.stretch, spread=spread)
+        verdict["roofline"] = times["leaf"].get("roofline") if timed else None
     return out
 
 

@@ -42,6 +42,7 @@ from benchmarks.timing import (
     command,
     environment,
     interleave,
+    judge,
     line,
     reason,
     run_cases,
@@ -187,7 +188,7 @@ class Bench:
 
 
 def verdicts(rows: list[Row]) -> list[Row]:
-    """D2 in every case; `passed` is None where one of the two was not measured. See `benchmarks.e2e.verdicts`."""
+    """D2 in every case; `passed` is None where one of the two was not measured."""
     out = []
     for case in CASES:
         own = {row["provider"]: row for row in rows if row["case"] == case.name}
@@ -198,16 +199,8 @@ def verdicts(rows: list[Row]) -> list[Row]:
             verdict["reason"] = f"not measured: {missing[0]}" + (f" ({why.partition(':')[0]})" if why else "")
             continue
         value = own["released"]["ms"] / own["leaf"]["ms"]
-        verdict |= {
-            "value": value,
-            "at_most": False,
-            "wanted": WANTED,
-            "stretch": None,
-            "roofline": own["leaf"].get("roofline"),
-            "noise": abs(value / WANTED - 1) < 2 * own["leaf"].get("aa_spread", 0.0),
-            "passed": value >= WANTED,
-            "passed_stretch": None,
-        }
+        verdict |= judge(value, WANTED, spread=own["leaf"].get("aa_spread", 0.0))
+        verdict["roofline"] = own["leaf"].get("roofline")
     return out
 
 

@@ -276,6 +276,28 @@ def reason(error: Exception) -> str:
     return f"{type(error).__name__}: {lines[0] if lines else ''}"[:300]
 
 
+def judge(
+    value: float, wanted: float, stretch: float | None = None, *, at_most: bool = False, spread: float = 0.0
+) -> Row:
+    """Columns of a verdict: a value held against the bound of its goal and the further one, if there is one.
+
+    `noise` says that the value could lie on either side of `wanted`: within twice `spread`, the A–A spread of its times.
+    """
+
+    def met(bound: float) -> bool:
+        return value <= bound if at_most else value >= bound
+
+    return {
+        "value": value,
+        "at_most": at_most,
+        "wanted": wanted,
+        "stretch": stretch,
+        "noise": abs(value / wanted - 1) < 2 * spread,
+        "passed": met(wanted),
+        "passed_stretch": None if stretch is None else met(stretch),
+    }
+
+
 def line(verdict: Row) -> str:
     """Of a goal that bounds a value; `passed` is None where it was not measured, and `reason` says why."""
     head = f"{verdict['goal']:4}{verdict['case']}, {verdict['what']}: "

@@ -99,6 +99,23 @@ def test_small_differences_are_called_noise(ours: float, noise: bool):
     assert verdict(rows, "A2b", "1.5b-packed", "forward")["noise"] is noise
 
 
+@pytest.mark.parametrize(
+    ("value", "at_most", "spread", "passed", "further", "noise"),
+    [
+        (2.0, False, 0.0, True, False, False),
+        (3.0, False, 0.0, True, True, False),
+        (1.9, False, 0.03, False, False, True),
+        (1.9, False, 0.02, False, False, False),
+        (2.0, True, 0.01, True, True, True),
+        (3.1, True, 0.0, False, False, False),
+    ],
+)
+def test_a_value_is_held_against_its_bounds(value, at_most, spread, passed, further, noise):
+    got = timing.judge(value, 2.0, 3.0, at_most=at_most, spread=spread)
+    assert (got["passed"], got["passed_stretch"], got["noise"]) == (passed, further, noise)
+    assert timing.judge(value, 2.0, at_most=at_most)["passed_stretch"] is None
+
+
 def test_what_was_not_measured_is_neither_passed_nor_failed():
     absent = {"case": "1b-packed", "mode": "all", "provider": "torch_varlen", "absent": "not there"}
     got = verdict([absent, row("1b-packed", "forward", "leaf", 1.0)], "A1", "1b-packed", "forward")
