@@ -17,8 +17,8 @@ Memory is what is allocated at most, weights included. Implementations:
 
     leaf        the objective of LeafTrainer on packed groups
     released    what the paper's code does: sequence by sequence, softmaxes of both models at all positions, in fp32
-    trl_gkd     TRL's GKD loss on the logits of both models, sequence by sequence
-    liger       LigerFusedLinearJSD on the hidden states of both models, sequence by sequence
+    trl_gkd     TRL's GKD loss on the logits of both models, of which it takes the response, sequence by sequence
+    liger       LigerFusedLinearJSD on the hidden states of both models at the response, sequence by sequence
 
 Nothing is measured of an implementation unless its loss and all its gradients are those of fp64, on small models in fp32.
 On a CPU, `--output DIR` runs every step on tiny cases; the numbers mean nothing.
@@ -49,13 +49,16 @@ from benchmarks.timing import (
     command,
     environment,
     interleave,
+    judge,
     line,
     reason,
     run_cases,
     state,
 )
+from leaf.generate import is_out_of_memory
 from leaf.objective import distillation, head_of, hidden_states, install
 from leaf.pack import Collator, Group
+from leaf_kernels import SharedPrefixLayout
 from leaf_kernels.integrations.transformers import NAME, register
 from leaf_kernels.testing import pruned_groups
 
@@ -150,7 +153,10 @@ GOALS = (
 
 
 def longest(rows: Iterable[Row]) -> dict[str, int]:
-    """Tokens of the longest sample that each implementation trained on; 0 where none fitted, nothing where not yet known."""
+    """Tokens of the longest sample that each implementation trained on; 0 where none fitted.
+
+    Nothing where it is not known: a length is still to try, or failed of something else than memory.
+    """
     fits: dict[str, dict[int, bool]] = {}
     for row in rows:
         if "fits" in row:
@@ -160,10 +166,7 @@ def longest(rows: Iterable[Row]) -> dict[str, int]:
 
 
 def verdicts(rows: list[Row]) -> list[Row]:
-    """Every goal held against the rows of one run: `passed` is None where something was not measured.
-
-    `noise` says that a ratio of times could lie on either side of `wanted`: within twice the A–A spread.
-    """
+    """Every goal held against the rows of one run: `passed` is None where something was not measured."""
     times = {row["provider"]: row for row in rows if "ms" in row}
     lengths, out = longest(rows), []
     for goal in GOALS:
@@ -178,16 +181,9 @@ def verdicts(rows: list[Row]) -> list[Row]:
             verdict["reason"] = "not measured: " + ("leaf" if best else " or ".join(goal.peers))
             continue
         value = peers[best] / found["leaf"] if timed else found["leaf"] / peers[best]
-        verdict |= {
-            "value": value,
-            "at_most": False,
-            "wanted": goal.wanted,
-            "stretch": goal.stretch,
-            "roofline": times["leaf"].get("roofline") if timed else None,
-            "noise": timed and abs(value / goal.wanted - 1) < 2 * times["leaf"]["aa_spread"],
-            "passed": value >= goal.wanted,
-            "passed_stretch": None if goal.stretch is None else value >= goal.stretch,
-        }
+        spread = times["leaf"]["aa_spread"] if timed else 0.0
+        verdict |= judge(value, goal.wanted, goal.stretch, spread=spread)
+        verdict["roofline"] = times["leaf"].get("roofline") if timed else None
     return out
 
 
@@ -278,17 +274,10 @@ def logits(pair: Pair, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return pair.student(ids, use_cache=False).logits[0], teacher
 
 
-def labels(ids: torch.Tensor, start: int) -> torch.Tensor:
-    """[L]: the token that a row predicts, −100 where it is none of the response."""
-    target = torch.full_like(ids[0], -100)
-    target[start - 1 : -1] = ids[0, start:]
-    return target
-
-
 def released(pair: Pair, ids: torch.Tensor, start: int) -> torch.Tensor:
     student, teacher = (F.softmax(z.float(), -1) for z in logits(pair, ids))
     values = torch.nan_to_num((teacher * (teacher.log() - student.log())).sum(-1))
-    return values[labels(ids, start) != -100].sum()
+    return values[start - 1 : -1].sum()
 
 
 def in_log_space(pair: Pair, ids: torch.Tensor, start: int) -> torch.Tensor:
@@ -306,10 +295,9 @@ def _gkd_loss() -> Callable[..., torch.Tensor]:
 
 
 def trl_gkd(pair: Pair, ids: torch.Tensor, start: int) -> torch.Tensor:
-    student, teacher = logits(pair, ids)
-    # beta = 0 is the forward KL
-    options = {"labels": labels(ids, start)[None], "beta": 0.0, "reduction": "sum"}
-    return _gkd_loss()(student[None], teacher[None], **options)
+    """As `GKDTrainer.compute_loss` calls it: the logits of all positions are made, the loss has those of the response."""
+    student, teacher = (z[None, start - 1 : -1] for z in logits(pair, ids))
+    return _gkd_loss()(student, teacher, beta=0.0, reduction="sum")  # beta = 0 is the forward KL
 
 
 @functools.cache
@@ -320,12 +308,13 @@ def _liger_loss() -> Any:
 
 
 def liger(pair: Pair, ids: torch.Tensor, start: int) -> torch.Tensor:
+    rows = slice(start - 1, -1)
     with torch.no_grad():
-        teacher = pair.teacher.base_model(ids, use_cache=False).last_hidden_state[0]
-    student = pair.student.base_model(ids, use_cache=False).last_hidden_state[0]
+        teacher = pair.teacher.base_model(ids, use_cache=False).last_hidden_state[0, rows]
+    student = pair.student.base_model(ids, use_cache=False).last_hidden_state[0, rows]
     weights = pair.student.get_output_embeddings().weight, pair.teacher.get_output_embeddings().weight
-    target = labels(ids, start)
-    return _liger_loss()(student, weights[0], teacher, weights[1], target) * (ids.shape[1] - start)
+    target = ids[0, start:]
+    return _liger_loss()(student, weights[0], teacher, weights[1], target) * len(target)
 
 
 PROVIDERS: dict[str, Callable[[Pair, list[Group]], Backward]] = {
@@ -339,24 +328,31 @@ PROVIDERS: dict[str, Callable[[Pair, list[Group]], Backward]] = {
 # -- work --------------------------------------------------------------------------------------------------------------
 
 
-def flop(pair: Pair, groups: list[Group]) -> int:
-    """Of a step on packs, where a shared prefix is there once; what the optimizer, norms and softmaxes do is not counted.
+def model_flop(model: PreTrainedModel, layouts: Iterable[SharedPrefixLayout], rows: int, passes: int) -> int:
+    """Of one model on packs. `passes`: 1 the forward, 2 also the backward by inputs, 3 also that by weights.
 
-    The teacher once and the student three times (forward, and backward by inputs and by weights): 2 · tokens · parameters
-    of the linear layers, 2 · response tokens · parameters of the head; attention as `attention.flop` counts, in every layer.
+    Each is 2 · tokens · parameters of the linear layers and 2 · `rows` · parameters of the head, which sees the response
+    alone; attention as `attention.flop` counts, in every layer. What norms and softmaxes do is not counted.
+    """
+    layouts, config = list(layouts), model.config
+    linear = sum(m.weight.numel() for m in model.base_model.modules() if isinstance(m, torch.nn.Linear))
+    head = model.get_output_embeddings().weight.numel()
+    heads = attention.Model("", config.num_attention_heads, config.num_key_value_heads, config.head_dim)
+    mode = "forward" if passes == 1 else "step"
+    products = linear * sum(layout.num_tokens for layout in layouts) + head * rows
+    return 2 * passes * products + sum(
+        attention.flop(heads, layout, mode, config.num_hidden_layers) for layout in layouts
+    )
+
+
+def flop(pair: Pair, groups: list[Group]) -> int:
+    """Of a step on packs, where a shared prefix is there once: the teacher forward, the student all three passes.
+
+    The optimizer is not counted.
     """
     layouts = [pack["layout"] for pack in Collator(MAX_TOKENS, concat=True)(groups)["packs"]]
-    total = 0
-    for model, trained in zip(pair, (True, False)):
-        config, body = model.config, model.base_model
-        linear = sum(m.weight.numel() for m in body.modules() if isinstance(m, torch.nn.Linear))
-        head = model.get_output_embeddings().weight.numel()
-        products = linear * sum(layout.num_tokens for layout in layouts) + head * response_tokens(groups)
-        heads = attention.Model("", config.num_attention_heads, config.num_key_value_heads, config.head_dim)
-        mode, layers = "step" if trained else "forward", config.num_hidden_layers
-        total += 2 * products * (3 if trained else 1)
-        total += sum(attention.flop(heads, layout, mode, layers) for layout in layouts)
-    return total
+    rows = response_tokens(groups)
+    return model_flop(pair.student, layouts, rows, passes=3) + model_flop(pair.teacher, layouts, rows, passes=1)
 
 
 # -- measuring ---------------------------------------------------------------------------------------------------------
@@ -445,7 +441,8 @@ class Bench:
         if case.tokens:
             for name in right:
                 deadline.check()
-                yield {**facts, "provider": name, "tokens": case.tokens, **self.fits(name, case)}
+                own = {"tokens": case.tokens, **right[name], "gate": "passed", **self.fits(name, case)}
+                yield {**facts, "provider": name, **own}
         else:
             yield from self.time(case, {**facts, "groups": case.groups}, right, absent, deadline)
 
@@ -482,22 +479,26 @@ class Bench:
         return {**own, "peak_bytes": own["peak_bytes"] + sum(x.nbytes for x in (*parameters, *moments))}
 
     def fits(self, name: str, case: Case) -> Row:
-        """Whether a step fits; where that follows from other lengths it is not tried."""
+        """Whether a step fits; where that follows from other lengths it is not tried.
+
+        Absent where it fails of anything but memory: that says nothing about other lengths.
+        """
         tried = {r["tokens"]: r["fits"] for r in self.rows if r.get("provider") == name and "fits" in r}
         if any(fit and tokens > case.tokens for tokens, fit in tried.items()):
             return {"fits": True, "follows": True}
         if any(not fit and tokens < case.tokens for tokens, fit in tried.items()):
             return {"fits": False, "follows": True}
         try:
-            own = self.memory(self.step(name, case, checkpointing=True))
-        except Exception as error:  # out of memory, or what else a library says to so many tokens
-            self.recover()
-            return {"fits": False, "why": reason(error)}
-        return {"fits": True, **own, **state(self.device)}
+            return {"fits": True, **self.memory(self.step(name, case, checkpointing=True)), **state(self.device)}
+        except Exception as error:
+            why, too_long = reason(error), is_out_of_memory(error)
+        self.recover()  # only now: the error's traceback held what is freed
+        return {"fits": False, "why": why} if too_long else {"absent": why}
 
     def recover(self) -> None:
-        """After a step that failed half-way."""
-        self.optimizer.zero_grad()
+        """After a step that failed half-way, or before there was a model, which is not made here."""
+        if pair := self.__dict__.get("pair"):
+            pair.student.zero_grad()
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()

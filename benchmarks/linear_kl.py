@@ -43,7 +43,7 @@ import torch.nn.functional as F
 
 from benchmarks import losses
 from benchmarks.losses import LOGIT_STD, Loss
-from benchmarks.timing import Call, Deadline, Row, command, environment, line, run_cases
+from benchmarks.timing import Call, Deadline, Row, command, environment, judge, line, run_cases
 from leaf_kernels import linear_kl
 
 PACKAGES = ("trl", "liger-kernel", "fla-core")
@@ -122,10 +122,7 @@ WHAT = {"overhead": "time / {}", "speedup": "{} / time", "memory": "GiB beyond i
 
 
 def verdicts(rows: Iterable[Row]) -> list[Row]:
-    """Every goal held against the rows of one run: `passed` is None where something was not measured.
-
-    `noise` says that a ratio of times could lie on either side of `wanted`: within twice the A–A spread.
-    """
+    """Every goal held against the rows of one run: `passed` is None where something was not measured."""
     found = {(row["case"], row["provider"]): row for row in rows if "provider" in row and "absent" not in row}
     out = []
     for goal in GOALS:
@@ -138,16 +135,9 @@ def verdicts(rows: Iterable[Row]) -> list[Row]:
             verdict["reason"] = "not measured: " + ", ".join(missing)
             continue
         value, at_most, timed = _value(goal.kind, *both), goal.kind != "speedup", needed == "ms"
-        verdict |= {
-            "value": value,
-            "at_most": at_most,
-            "wanted": goal.wanted,
-            "stretch": goal.stretch,
-            "roofline": both[0].get("roofline") if timed else None,
-            "noise": timed and abs(value / goal.wanted - 1) < 2 * both[0]["aa_spread"],
-            "passed": _met(value, goal.wanted, at_most),
-            "passed_stretch": None if goal.stretch is None else _met(value, goal.stretch, at_most),
-        }
+        spread = both[0]["aa_spread"] if timed else 0.0
+        verdict |= judge(value, goal.wanted, goal.stretch, at_most=at_most, spread=spread)
+        verdict["roofline"] = both[0].get("roofline") if timed else None
     return out
 
 
@@ -157,10 +147,6 @@ def _value(kind: str, ours: Row, peer: Row | None = None) -> float:
     if kind == "error":
         return max(ours[name] / peer[name] for name in ("dx_error", "dw_error"))
     return ours["ms"] / peer["ms"] if kind == "overhead" else peer["ms"] / ours["ms"]
-
-
-def _met(value: float, bound: float, at_most: bool) -> bool:
-    return value <= bound if at_most else value >= bound
 
 
 # -- problems ----------------------------------------------------------------------------------------------------------

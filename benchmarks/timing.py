@@ -7,6 +7,7 @@ runs with the wall clock, so that it can be tried out; such numbers are for nobo
 from __future__ import annotations
 
 import argparse
+import hashlib
 import importlib.metadata
 import json
 import math
@@ -15,6 +16,7 @@ import platform
 import statistics
 import subprocess
 import time
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -244,15 +246,17 @@ def _version(package: str) -> str:
 
 
 def _commit() -> str:
-    def git(*arguments: str) -> str:
-        here = Path(__file__).parent
-        return subprocess.run(["git", *arguments], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
+    """The same for the same code only: with a hash of what is changed; never the same where it is not known."""
+
+    def git(*arguments: str) -> bytes:
+        return subprocess.run(["git", *arguments], cwd=Path(__file__).parent, capture_output=True, check=True).stdout
 
     try:
-        changed = git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":!/benchmarks/results")
-        return git("rev-parse", "HEAD") + ("+changes" if changed else "")
+        head = git("rev-parse", "HEAD").decode().strip()
+        changes = git("diff", "HEAD", "--", ":/", ":!/benchmarks/results")
     except (OSError, subprocess.SubprocessError):
-        return "unknown"
+        return f"unknown {os.urandom(4).hex()}"
+    return head + (f"+changes.{hashlib.sha256(changes).hexdigest()[:8]}" if changes else "")
 
 
 def write_json(path: Path, content: object) -> None:
@@ -270,6 +274,28 @@ def reason(error: Exception) -> str:
     """Why something is absent, on one line."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0] if lines else ''}"[:300]
+
+
+def judge(
+    value: float, wanted: float, stretch: float | None = None, *, at_most: bool = False, spread: float = 0.0
+) -> Row:
+    """Columns of a verdict: a value held against the bound of its goal and the further one, if there is one.
+
+    `noise` says that the value could lie on either side of `wanted`: within twice `spread`, the A–A spread of its times.
+    """
+
+    def met(bound: float) -> bool:
+        return value <= bound if at_most else value >= bound
+
+    return {
+        "value": value,
+        "at_most": at_most,
+        "wanted": wanted,
+        "stretch": stretch,
+        "noise": abs(value / wanted - 1) < 2 * spread,
+        "passed": met(wanted),
+        "passed_stretch": None if stretch is None else met(stretch),
+    }
 
 
 def line(verdict: Row) -> str:
@@ -344,7 +370,8 @@ def run_cases(
 
     A case has a `name`, and `tiny()` for a CPU. `where` is the environment; `summary` says the outcome in lines.
     `rows`, empty, collects the rows, for a `measure` that goes by those before. Every row with a time gets its `roofline`:
-    `floor_ms` by the anchors of this run over that time, or None.
+    `floor_ms` by the anchors of this run over that time, or None. What a case fails with is its reason to be without ours;
+    the next one follows, on the same device: an error that makes CUDA unusable shows in all the cases after it too.
     """
     cases, deadline, rows = list(cases), Deadline(budget), [] if rows is None else rows
     if resume and path.exists():  # only what was measured by the same code on the same machine goes on
@@ -361,6 +388,15 @@ def run_cases(
         rows.extend(new)
         write_json(path, {"rows": rows, "goals": verdicts(rows)})
 
+    def attempt(case: Any) -> Iterator[Row]:
+        try:
+            yield from measure(case if device.type == "cuda" else case.tiny(), deadline)
+        except OutOfTime:
+            raise
+        except Exception as error:
+            traceback.print_exc()
+            yield {"case": case.name, "provider": "leaf", "absent": reason(error)}
+
     try:
         if "anchors" not in done:
             add([{"case": "anchors", **anchors(device, deadline), **state(device)}])
@@ -368,7 +404,7 @@ def run_cases(
             if case.name in todo and case.name not in done:
                 deadline.check()
                 print(f"{case.name} …", flush=True)
-                add(measure(case if device.type == "cuda" else case.tiny(), deadline))
+                add(attempt(case))
     except OutOfTime:
         print(f"out of time after {budget:.0f} s; --continue goes on")
     missing = [name for name in todo if name not in {row["case"] for row in rows}]

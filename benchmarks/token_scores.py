@@ -35,6 +35,7 @@ from benchmarks.timing import (
     command,
     environment,
     interleave,
+    judge,
     line,
     reason,
     run_cases,
@@ -105,10 +106,7 @@ GOALS = (
 
 
 def verdicts(rows: Iterable[Row]) -> list[Row]:
-    """Every goal held against the rows of one run: `passed` is None where something was not measured.
-
-    `noise` says that the value could lie on either side of `wanted`: within twice the A–A spread.
-    """
+    """Every goal held against the rows of one run: `passed` is None where something was not measured."""
     times = {(row["case"], row["provider"]): row for row in rows if row.get("mode") == "scores" and "ms" in row}
     out = []
     for goal in GOALS:
@@ -121,17 +119,8 @@ def verdicts(rows: Iterable[Row]) -> list[Row]:
             continue
         ours, at_most = times[goal.case, "leaf"], not goal.peer
         value = ours["ms"] if at_most else times[goal.case, goal.peer]["ms"] / ours["ms"]
-        passed, stretch = (value <= bound if at_most else value >= bound for bound in (goal.wanted, goal.stretch))
-        verdict |= {
-            "value": value,
-            "at_most": at_most,
-            "wanted": goal.wanted,
-            "stretch": goal.stretch,
-            "roofline": ours.get("roofline"),
-            "noise": abs(value / goal.wanted - 1) < 2 * ours["aa_spread"],
-            "passed": passed,
-            "passed_stretch": stretch,
-        }
+        verdict |= judge(value, goal.wanted, goal.stretch, at_most=at_most, spread=ours["aa_spread"])
+        verdict["roofline"] = ours.get("roofline")
     return out
 
 

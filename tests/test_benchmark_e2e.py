@@ -29,26 +29,25 @@ def quick(monkeypatch):
 
 
 class GKDTrainer:
-    """TRL's loss, in its words; beta = 0 is KL(teacher ‖ student)."""
+    """TRL's loss, in its words; beta = 0 is KL(teacher ‖ student). Its trainer hands it the rows of the response alone."""
 
     @staticmethod
     def generalized_jsd_loss(student, teacher, labels=None, beta=0.5, temperature=1.0, reduction="batchmean"):
-        assert (beta, temperature, reduction) == (0.0, 1.0, "sum")
-        value = F.kl_div(F.log_softmax(student, -1), F.log_softmax(teacher, -1), reduction="none", log_target=True)
-        return value[labels != -100].sum()
+        assert (labels, beta, temperature, reduction) == (None, 0.0, 1.0, "sum")
+        return F.kl_div(F.log_softmax(student, -1), F.log_softmax(teacher, -1), reduction="sum", log_target=True)
 
 
 class LigerFusedLinearJSD:
-    """Liger's, in its words: a mean over the rows that have a label."""
+    """Liger's, in its words: a mean over the rows that have a label, here all of them."""
 
     def __init__(self, jsd_beta):
         assert jsd_beta == 0.0
 
     def __call__(self, student, student_weight, teacher, teacher_weight, labels):
-        value = GKDTrainer.generalized_jsd_loss(
-            student @ student_weight.T, teacher @ teacher_weight.T, labels, beta=0.0, reduction="sum"
-        )
-        return value / (labels != -100).sum()
+        assert len(student) == len(teacher) == len(labels)
+        assert (labels != -100).all()
+        logits = student @ student_weight.T, teacher @ teacher_weight.T
+        return GKDTrainer.generalized_jsd_loss(*logits, beta=0.0, reduction="sum") / len(labels)
 
 
 @pytest.fixture
@@ -123,15 +122,37 @@ def test_the_longest_sample_is_found_in_few_steps(monkeypatch, limit):
     assert said.endswith(f"{'at least ' if limit == e2e.LENGTHS[-1] else ''}{limit} tokens")
 
 
-def test_what_stops_a_length_is_recorded(monkeypatch):
-    bench = e2e.Bench(CPU, [])
+@pytest.mark.parametrize(
+    ("error", "row"),
+    [
+        (
+            RuntimeError("CUDA error: out of memory\nmore"),
+            {"fits": False, "why": "RuntimeError: CUDA error: out of memory"},
+        ),
+        (RuntimeError("int32 overflow\nmore"), {"absent": "RuntimeError: int32 overflow"}),
+    ],
+)
+def test_only_memory_is_too_little_for_a_length(monkeypatch, error, row):
+    rows: list[dict] = []
+    bench = e2e.Bench(CPU, rows)
 
     def step(*arguments, **options):
-        raise RuntimeError("int32 overflow\nmore")
+        raise error
 
     monkeypatch.setattr(bench, "step", step)
-    monkeypatch.setattr(bench, "recover", lambda: None)
-    assert bench.fits("released", e2e.Case("", 4096)) == {"fits": False, "why": "RuntimeError: int32 overflow"}
+    assert bench.fits("leaf", e2e.Case("", 4096)) == row
+    assert "pair" not in bench.__dict__, "made only to be cleaned up"
+    rows.append({"provider": "leaf", "tokens": 4096, **row})
+    follows = bench.fits("leaf", e2e.Case("", 8192))
+    assert follows == ({"fits": False, "follows": True} if "fits" in row else row)
+
+
+def test_a_failure_of_ours_at_a_length_is_one_of_the_run(quick, monkeypatch, tmp_path):
+    memory = e2e.Bench.memory
+    monkeypatch.setattr(e2e.Bench, "checked", ({"leaf": {}}, {}))
+    monkeypatch.setattr(e2e.Bench, "memory", lambda *both: memory(*both)["no such column"])
+    assert not e2e.run(tmp_path / "e2e.json", CPU, 60, commit="a", only=["longest 2048"])
+    assert e2e.longest(json.loads((tmp_path / "e2e.json").read_text())["rows"]) == {}
 
 
 # -- goals -------------------------------------------------------------------------------------------------------------
@@ -183,6 +204,8 @@ def test_a_run_measures_goes_on_and_fills_its_table(quick, tmp_path, capsys, mon
     assert both["rows"][: len(first)] == first
     lengths = [(row["provider"], row["tokens"], row["fits"]) for row in both["rows"] if "fits" in row]
     assert sorted(lengths) == [(name, n, True) for name in ("leaf", "released") for n in (16, 32)]
+    for row in both["rows"]:
+        assert "fits" not in row or {"gate", "loss_error", "gradient_error"} <= set(row)
     assert "longest context, leaf: at least 32 tokens" in capsys.readouterr().out
 
     for row in both["rows"]:

@@ -9,7 +9,17 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import attention, attention_mass, cross_entropy, e2e, linear_kl, losses, timing, token_scores
+from benchmarks import (
+    attention,
+    attention_mass,
+    cross_entropy,
+    e2e,
+    linear_kl,
+    losses,
+    scoring_gpu,
+    timing,
+    token_scores,
+)
 from leaf_kernels import SharedPrefixLayout, pruned_attention
 
 CPU = torch.device("cpu")
@@ -215,3 +225,16 @@ def test_a_training_step_counts_the_products_of_both_models():
     )
     of_heads = e2e.response_tokens(groups) * 307 * (6 * 32 + 2 * 48)
     assert e2e.flop(pair, groups) == counter.get_total_flops() + of_attention + of_heads
+
+
+def test_scoring_counts_forward_and_backward_by_inputs():
+    """Products of a frozen model; attention was checked above."""
+    model = scoring_gpu.make_model(e2e.SMALL_TEACHER, CPU, torch.float32).requires_grad_(False)
+    row = scoring_gpu.one_row(192)
+    embeddings = model.get_input_embeddings()(torch.tensor([row.input_ids]) % 307).requires_grad_()
+    with FlopCounterMode(display=False) as counter:
+        hidden = model.base_model(inputs_embeds=embeddings, use_cache=False).last_hidden_state
+        model.lm_head(hidden[0, row.response_start - 1 : -1]).sum().backward()
+    of_attention = attention.flop(attention.Model("", 4, 2, 12), SharedPrefixLayout.from_lengths([192]), "step", 2)
+    products = counter.get_flop_counts()["Global"][torch.ops.aten.mm]
+    assert scoring_gpu.flop(model, row) == products + of_attention

@@ -80,6 +80,7 @@ def test_a_run_measures_goes_on_and_fills_its_table(quick, tmp_path, capsys):
         assert row["tokens_per_second"] == pytest.approx(1e3 * row["tokens"] / row["ms"])
         assert row["peak_bytes"] > 10**5
         assert row["samples"] == (1 if case == "32k" else timing.ROUNDS)
+        assert row["flop"] > 10**7
         assert {"norm_error", "gate", "mode", "commit", "transformers"} <= set(row)
     ours, released = (measured["32k", name]["peak_bytes"] for name in ("leaf", "released"))
     assert ours < released
@@ -107,3 +108,9 @@ def test_what_does_not_fit_is_absent_and_the_rest_goes_on(quick, tmp_path, monke
     rows = [row for row in json.loads(path.read_text())["rows"] if row["case"] != "anchors"]
     assert [row["provider"] for row in rows if "ms" in row] == ["leaf", "leaf"]
     assert {row["absent"] for row in rows if "absent" in row} == {"OutOfMemoryError: no memory"}
+
+
+def test_cleaning_up_makes_no_model(monkeypatch):
+    bench = scoring_gpu.Bench(CPU)
+    monkeypatch.setattr(scoring_gpu, "make_model", lambda *arguments: pytest.fail("made only to be cleaned up"))
+    bench.recover()

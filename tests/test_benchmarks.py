@@ -3,14 +3,27 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 import types
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
 
-from benchmarks import attention, tables, timing
+from benchmarks import (
+    attention,
+    attention_mass,
+    cross_entropy,
+    e2e,
+    linear_kl,
+    plot,
+    scoring_gpu,
+    tables,
+    timing,
+    token_scores,
+)
 from leaf_kernels import pruned_attention
 
 CPU = torch.device("cpu")
@@ -84,6 +97,23 @@ def test_sharing_must_save_its_tokens():
 def test_small_differences_are_called_noise(ours: float, noise: bool):
     rows = [row("1.5b-packed", "forward", "torch_varlen", 1.0), row("1.5b-packed", "forward", "leaf", ours)]
     assert verdict(rows, "A2b", "1.5b-packed", "forward")["noise"] is noise
+
+
+@pytest.mark.parametrize(
+    ("value", "at_most", "spread", "passed", "further", "noise"),
+    [
+        (2.0, False, 0.0, True, False, False),
+        (3.0, False, 0.0, True, True, False),
+        (1.9, False, 0.03, False, False, True),
+        (1.9, False, 0.02, False, False, False),
+        (2.0, True, 0.01, True, True, True),
+        (3.1, True, 0.0, False, False, False),
+    ],
+)
+def test_a_value_is_held_against_its_bounds(value, at_most, spread, passed, further, noise):
+    got = timing.judge(value, 2.0, 3.0, at_most=at_most, spread=spread)
+    assert (got["passed"], got["passed_stretch"], got["noise"]) == (passed, further, noise)
+    assert timing.judge(value, 2.0, at_most=at_most)["passed_stretch"] is None
 
 
 def test_what_was_not_measured_is_neither_passed_nor_failed():
@@ -233,6 +263,54 @@ def test_a_cut_run_goes_on(quick, tmp_path, monkeypatch, capsys):
     assert not list(tmp_path.glob("*.partial"))
 
 
+def test_a_case_that_fails_takes_no_other_with_it(quick, tmp_path, monkeypatch, capsys):
+    path, measure = tmp_path / "attention.json", attention.measure
+
+    def broken(case, *arguments):
+        yield from measure(case, *arguments)
+        if not case.groups:
+            raise RuntimeError("illegal access\nmore")
+
+    monkeypatch.setattr(attention, "measure", broken)
+    assert not attention.run(path, CPU, 60, commit="a")
+    assert "RuntimeError: illegal access" in capsys.readouterr().err, "with its traceback"
+    rows = json.loads(path.read_text())["rows"]
+    failed = [row for row in rows if row["case"] == "8b-4k" and row.get("absent") == "RuntimeError: illegal access"]
+    assert [row["provider"] for row in failed] == ["leaf"]
+    assert any(row["case"] == "8b-4k" and "ms" in row for row in rows), "what came before is kept"
+    assert any(row["case"] == "1b-groups-16-layers" and "ms" in row for row in rows)
+    assert not attention.run(path, CPU, 60, resume=True, commit="a")
+    assert json.loads(path.read_text())["rows"] == rows
+
+
+FILES = {
+    "attention": attention,
+    "attention_mass": attention_mass,
+    "cross_entropy": cross_entropy,
+    "e2e": e2e,
+    "linear_kl": linear_kl,
+    "scoring": scoring_gpu,
+    "token_scores": token_scores,
+}
+
+
+@pytest.mark.parametrize(("name", "module"), FILES.items(), ids=FILES)
+def test_a_case_that_failed_has_a_place_in_every_page(tmp_path, monkeypatch, capsys, name, module):
+    class Broken(NamedTuple):
+        name: str
+
+        def tiny(self):
+            raise RuntimeError("no such case")
+
+    anchors = {"copy_gb_s": 1.0, "matmul_tflop_s": 2.0, "driver": "x", "power_limit_w": "x"}
+    monkeypatch.setattr(timing, "anchors", lambda device, deadline: anchors)
+    monkeypatch.setattr(module, "CASES", tuple(Broken(case.name) for case in module.CASES[:2]))
+    assert not module.run(tmp_path / "some-gpu" / f"{name}.json", CPU, 60, commit="a")
+    printed = capsys.readouterr().out
+    assert all(f"{case.name}: leaf is absent: RuntimeError: no such case" in printed for case in module.CASES)
+    assert "commit `a`" in getattr(tables, f"gpu_{name}")(tmp_path)
+
+
 def test_a_spent_budget_starts_nothing(tmp_path):
     assert not attention.run(tmp_path / "attention.json", CPU, -1)
     assert not (tmp_path / "attention.json").exists()
@@ -243,6 +321,49 @@ def test_without_a_gpu_the_command_says_so(capsys):
     with pytest.raises(SystemExit):
         attention.main([])
     assert "no NVIDIA GPU here" in capsys.readouterr().err
+
+
+@pytest.fixture
+def checkout(tmp_path, monkeypatch):
+    """A repository, with the file that says where it is."""
+
+    def git(*arguments: str) -> str:
+        own = ["-c", "user.name=x", "-c", "user.email=x@x"]
+        return subprocess.run(
+            ["git", *own, *arguments], cwd=tmp_path, check=True, capture_output=True, text=True
+        ).stdout
+
+    (tmp_path / "benchmarks" / "results").mkdir(parents=True)
+    for name in ("timing.py", "results/some.json"):
+        (tmp_path / "benchmarks" / name).write_text("0")
+    git("init", "-q")
+    git("add", ".")
+    git("commit", "-qm", "x")
+    monkeypatch.setattr(timing, "__file__", str(tmp_path / "benchmarks" / "timing.py"))
+    return tmp_path / "benchmarks", git("rev-parse", "HEAD").strip()
+
+
+def test_changes_are_told_from_other_changes(checkout):
+    folder, head = checkout
+    (folder / "results" / "some.json").write_text("what was measured is no change")
+    assert timing._commit() == head
+    found = []
+    for content in (b"1", b"2", b"\xff", b"1"):
+        (folder / "timing.py").write_bytes(content)
+        found.append(timing._commit())
+    assert all(commit.startswith(f"{head}+changes") for commit in found)
+    assert found[0] == found[3]
+    assert len(set(found)) == 3
+    told = plot.where({"gpu": "x", "torch": "x", "commit": found[0]})
+    assert told.endswith(f"commit {head[:12]} with changes")
+
+
+def test_code_that_is_not_known_is_never_the_same(tmp_path, monkeypatch):
+    monkeypatch.setattr(timing, "__file__", str(tmp_path / "timing.py"))
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    commit = timing.environment(CPU)["commit"]
+    assert commit.startswith("unknown")
+    assert timing.environment(CPU)["commit"] != commit
 
 
 # -- the page ----------------------------------------------------------------------------------------------------------
