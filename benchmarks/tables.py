@@ -5,6 +5,7 @@ Numbers in the documentation come from `benchmarks/results/` and from nowhere el
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 import statistics
@@ -441,5 +442,6 @@ def filled(text: str, blocks: dict[str, str]) -> str:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     for path, blocks in documents().items():
         path.write_text(filled(path.read_text(), blocks))

@@ -65,14 +65,16 @@ def add_arguments(parser: argparse.ArgumentParser, stages: Iterable[str]) -> Non
         )
     if "distill" in stages:
         for flag, (name, kind) in TRAINING_FLAGS.items():
-            option = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind}
+            option: dict[str, Any] = {"action": argparse.BooleanOptionalAction}
+            if kind is not bool:
+                option = {"type": kind, "metavar": kind.__name__.upper()}
             parser.add_argument(
                 "--" + flag.replace("_", "-"),
                 dest=f"training.{name}",
                 default=argparse.SUPPRESS,
                 help=f"training: {name}"
                 + (f" (default: {TRAINING_DEFAULTS[name]})" if name in TRAINING_DEFAULTS else ""),
-                **option,  # type: ignore[arg-type]
+                **option,
             )
 
 

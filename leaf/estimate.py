@@ -280,7 +280,8 @@ def report(estimator: Estimator, stages: Sequence[Stage], console: Console) -> N
     console.print(grid)
     console.print(
         "state: gradients and AdamW. activations: checkpoints and KV cache too. Memory is what tensors take; the rest of a "
-        f"process (imports, contexts) is {1 - USABLE:.0%} of the device here. Times are rough: no GPU has confirmed them."
+        f"process (imports, contexts) is {1 - USABLE:.0%} of the device here. Times are rough"
+        + (": no GPU has confirmed them." if device.name != "cpu" else ".")
     )
     for stage in stages:
         if not device.holds(stage.peak):

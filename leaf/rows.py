@@ -120,7 +120,9 @@ def _records(data: str | Path | Iterable[Mapping[str, Any]]) -> Iterator[tuple[s
     else:
         name, *config, split = str(data).split(":") if ":" in str(data) else (str(data), "train")
         if Path(name).suffix in (".json", ".jsonl") or (Path(name).is_absolute() and not Path(name).is_dir()):
-            raise FileNotFoundError(f"{path}: no such file")
+            raise FileNotFoundError(
+                f"{path}: no such file; rows are a .json, .jsonl or .parquet file, or the name of a data set"
+            )
         import datasets
 
         rows = datasets.load_dataset(name, *config, split=split)
@@ -149,7 +151,10 @@ def _json_line(path: Path, number: int, line: str) -> Any:
     try:
         return json.loads(line)
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: line {number} is not valid JSON: {error.msg} at column {error.colno}") from error
+        raise ValueError(
+            f"{path}: line {number} is not valid JSON: {error.msg} at column {error.colno}; wanted is a list of rows, or a "
+            "row per line"
+        ) from error
 
 
 # A turn is (role, pieces), a piece is (text, may it be scored).
