@@ -2,7 +2,7 @@
 
     make compile-gate                          # the cases of continuous integration, as tests
     python -m benchmarks.compile_gate --ci     # the same, into benchmarks/results/compile/triton-<version>.csv
-    python -m benchmarks.compile_gate          # all sizes, options and dtypes: an hour on one core
+    python -m benchmarks.compile_gate          # all sizes, options and dtypes, into triton-<version>-all.csv: an hour
 
 Kernels are launched by the code that launches them on a GPU, on tensors of device "meta". The command exits with 1 if a case
 has a problem.
@@ -226,10 +226,10 @@ def main() -> None:
     import triton
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=RESULTS / f"triton-{triton.__version__}.csv")
+    parser.add_argument("--output", type=Path)
     parser.add_argument("--ci", action="store_true", help="only the cases that continuous integration compiles")
     arguments = parser.parse_args()
-    output = arguments.output
+    output = arguments.output or RESULTS / f"triton-{triton.__version__}{'' if arguments.ci else '-all'}.csv"
     output.parent.mkdir(parents=True, exist_ok=True)
     failed = 0
     with output.open("w", newline="") as file:
