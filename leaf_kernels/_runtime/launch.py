@@ -89,7 +89,7 @@ def _table(major: int, minor: int) -> str:
     return "small"
 
 
-@functools.cache
+@functools.cache  # asked for in every call of an op
 def tuned(device: torch.device) -> dict[str, Any]:
     """The content of `tuned/<name of the GPU>.json`, which `benchmarks/tune.py` writes; empty where there is none."""
     if device.type != "cuda":

@@ -75,3 +75,19 @@ def test_what_was_tuned_on_this_gpu_replaces_what_is_shipped(monkeypatch, tmp_pa
     changed = dict.fromkeys([("forward", 80), ("forward", 128), ("fused", 16), ("fused", 64)], Tile(*pair[extras]))
     assert tiles(extras) == {**shipped, **changed}
     assert tiles(extras, torch.float32) == exact
+
+
+@pytest.mark.parametrize("table", [None, {"tiles": {"forward": {"64": [[16, 32, 4, 1], [32, 16, 8, 2]]}}}])
+def test_a_compiled_program_knows_its_tiles(monkeypatch, tmp_path, table):
+    """Without a graph break: what a GPU is called and what its file says are constants of the graph."""
+    monkeypatch.setattr(launch, "_capability", lambda _: (9, 0))
+    monkeypatch.setattr(launch, "TUNED", tmp_path)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA H200")
+    if table:
+        (tmp_path / "nvidia-h200.json").write_text(json.dumps(table))
+
+    def block(x: torch.Tensor) -> torch.Tensor:
+        return x + tile_for("forward", 64, torch.bfloat16, GPU, extras=True).block_m
+
+    compiled = torch.compile(block, fullgraph=True, backend="eager")
+    assert compiled(torch.zeros(())).item() == (32 if table else 128)

@@ -127,6 +127,12 @@ def _by_head_size(kernel: str, device: torch.device) -> dict[int, tuple[Tile, Ti
     return {**TILES[architecture(device)].get(kernel, {}), **own}
 
 
+@torch.compiler.assume_constant_result  # a traced program reads no files
+def _listed(kernel: str, head_dim: int, device: torch.device, extras: bool) -> tuple[int, ...]:
+    by_size = _by_head_size(kernel, device)
+    return tuple(next(pair[extras] for largest, pair in by_size.items() if head_dim <= largest))
+
+
 def tile_for(kernel: str, head_dim: int, dtype: torch.dtype, device: torch.device, *, extras: bool) -> Tile:
     """The configuration of "forward", "backward_q", "backward_kv" or "mass". `extras`: with `keep` or a softcap."""
     arch = architecture(device)
@@ -134,7 +140,7 @@ def tile_for(kernel: str, head_dim: int, dtype: torch.dtype, device: torch.devic
         return Tile(16, 16, 1, 1)
     if dtype is torch.float32:  # exact products do not run on tensor cores: for correctness, not for speed
         return Tile(16, 16, 4, 1) if head_dim > 128 else Tile(32, 32, 4, 1)
-    return next(pair[extras] for largest, pair in _by_head_size(kernel, device).items() if head_dim <= largest)
+    return Tile(*_listed(kernel, head_dim, device, extras))
 
 
 def fused_tile(head_dim: int, dtype: torch.dtype, device: torch.device, *, extras: bool) -> Tile | None:
