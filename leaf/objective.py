@@ -1,20 +1,21 @@
-"""The distillation objective (E7), computed inside the student's own forward.
+"""The distillation objective (E7), computed inside the forward of the student's own output head.
 
-Loss and head run inside the wrapped model's forward, where wrappers look for gradients: a head that is read
-from outside is an unsynchronised parameter under DDP, an empty shard under FSDP and a tensor of size 0 under ZeRO-3.
+There the wrappers have gathered the head's weight, once, and look for its gradient: read from outside, it is an
+unsynchronised parameter under DDP, an empty shard under FSDP and a tensor of size 0 under ZeRO-3.
 """
 
 from __future__ import annotations
 
 import functools
+import types
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from accelerate.hooks import AlignDevicesHook
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
-from leaf_kernels import SharedPrefixLayout, linear_cross_entropy, linear_kl
+from leaf_kernels import SharedPrefixLayout, linear_cross_entropy, linear_kl, linear_kl_topk
 
 
 class Head(NamedTuple):
@@ -44,7 +45,10 @@ def head_of(model: PreTrainedModel) -> Head:
         raise ValueError(
             f"the output head of {type(model).__name__} is empty here; gather it if it is sharded (ZeRO-3)"
         )
-    config = model.config.get_text_config()
+    return _read_head(head, model.config.get_text_config())
+
+
+def _read_head(head: torch.nn.Linear, config: PreTrainedConfig) -> Head:
     scale = 1.0
     for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
         scale *= getattr(config, name, None) or 1.0
@@ -55,8 +59,9 @@ def head_of(model: PreTrainedModel) -> Head:
 
 def _is_hooked(module: torch.nn.Module) -> bool:
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    # accelerate's hook of a `device_map` moves inputs between devices and changes no value
-    replaced = "forward" in vars(module) and type(getattr(module, "_hf_hook", None)) is not AlignDevicesHook
+    # accelerate's hook of a `device_map` moves inputs between devices and changes no value; nor does our own keyword
+    known = type(getattr(module, "_hf_hook", None)) is AlignDevicesHook or _takes_objective(module)
+    replaced = "forward" in vars(module) and not known
     return replaced or any(getattr(module, name) for name in hooks)
 
 
@@ -115,24 +120,44 @@ def hidden_states(model: PreTrainedModel, inputs: dict[str, Any]) -> torch.Tenso
 def install(model: PreTrainedModel) -> None:
     """Gives `model.forward` a keyword `objective`; without it the forward is what it was. Idempotent.
 
-    `model(objective=f, **pack_inputs)` returns `f(hidden [N, H], head)`: the body and `f` run inside the forward, the logits
-    are never made.
+    `model(objective=f, **pack_inputs)` returns `f(hidden [N, H], head)`: `f` runs inside the forward of the output head, the
+    logits are never made.
     """
-    if getattr(model.forward, "takes_objective", False):
+    if _takes_objective(model):
         return
-    original = model.forward
+    head: Any = model.get_output_embeddings()
+    inner: Any = model.forward
+    # Bound methods, not closures: a deep copy of the model must call itself, not the model that it was copied from
+    inner = getattr(inner, "__func__", None) or (lambda _, *args, _inner=inner, **kwargs: _inner(*args, **kwargs))
 
-    @functools.wraps(original)
-    def forward(*args: Any, objective: Callable[[torch.Tensor, Head], Any] | None = None, **kwargs: Any) -> Any:
+    @functools.wraps(inner)
+    def forward(self: Any, *args: Any, objective: Callable[[torch.Tensor, Head], Any] | None = None, **kwargs: Any) -> Any:
         if objective is None:
-            return original(*args, **kwargs)
+            return inner(self, *args, **kwargs)
         kwargs = {
             name: value for name, value in kwargs.items() if value is not None
         }  # PEFT fills in what was not passed
-        return objective(hidden_states(model, kwargs), head_of(model))
+        config = self.config.get_text_config()
+
+        def in_head(hidden: torch.Tensor, head: torch.nn.Linear) -> Any:
+            return objective(hidden, _read_head(head, config))
+
+        return self.get_output_embeddings()(hidden_states(self, kwargs), objective=in_head)
 
     forward.takes_objective = True  # type: ignore[attr-defined]
-    model.forward = forward  # type: ignore[method-assign]
+    model.forward = types.MethodType(forward, model)  # type: ignore[method-assign]
+    head.forward = types.MethodType(_head_forward, head)
+
+
+def _head_forward(self: Any, input: torch.Tensor, objective: Callable[..., Any] | None = None) -> Any:
+    return type(self).forward(self, input) if objective is None else objective(input, self)
+
+
+_head_forward.takes_objective = True  # type: ignore[attr-defined]
+
+
+def _takes_objective(module: Any) -> bool:
+    return getattr(module.forward, "takes_objective", False)
 
 
 class Distillation(NamedTuple):
@@ -159,8 +184,8 @@ def coefficients(counts: torch.Tensor, lambda_: float, concat: bool) -> tuple[to
 
 def distillation(
     pack: dict[str, Any],
-    teacher_hidden: torch.Tensor,
-    teacher_head: Head,
+    teacher_hidden: torch.Tensor | None,
+    teacher_head: Head | None,
     coefficient: tuple[torch.Tensor, torch.Tensor],
     *,
     temperature: float,
@@ -171,32 +196,45 @@ def distillation(
 ) -> Callable[[torch.Tensor, Head], Distillation]:
     """E7 on one pack, as a function of the student's hidden states and head.
 
-    teacher_hidden: [N, Ht], the teacher's last hidden states on the same pack. teacher_head: in the student's dtype, or in
-    any under autocast. coefficient: what a unit of original and of
-    counterfactual weight counts, see `coefficients`.
+    teacher_hidden: [N, Ht], the teacher's last hidden states on the same pack. None: the pack brings what a cache knows of
+    its M `rows`, `teacher_hidden` [M, Ht] or `topk_ids` and `topk_logprobs` [M, K]. teacher_head: in the student's dtype, or
+    in any under autocast; None with `topk_ids`. coefficient: what a unit of original and of counterfactual weight counts,
+    see `coefficients`.
     """
     original, counterfactual = coefficient
+    weight_original, weight_counterfactual, rows = (
+        pack[name] for name in ("weight_original", "weight_counterfactual", "rows")
+    )
+    cached = teacher_hidden is None
+    if cached:  # of the rows alone
+        weight_original, weight_counterfactual = weight_original[rows], weight_counterfactual[rows]
 
     def objective(hidden: torch.Tensor, head: Head) -> Distillation:
-        weight_original, weight_counterfactual = pack["weight_original"], pack["weight_counterfactual"]
-        loss, per_token = linear_kl(
-            hidden,
-            head.weight,
-            teacher_hidden.to(teacher_head.weight.dtype),
-            teacher_head.weight,
-            token_weight=original * weight_original + counterfactual * weight_counterfactual,
-            rows=pack["rows"],
-            temperature=temperature,
-            divergence=divergence,
-            beta=beta,
-            vocab_size=vocab_size,
-            student_bias=head.bias,
-            teacher_bias=teacher_head.bias,
-            student_softcap=head.softcap,
-            teacher_softcap=teacher_head.softcap,
-            student_logit_scale=head.logit_scale,
-            teacher_logit_scale=teacher_head.logit_scale,
-        )
+        x = hidden[rows] if cached else hidden
+        student: dict[str, Any] = {
+            "token_weight": original * weight_original + counterfactual * weight_counterfactual,
+            "rows": torch.arange(len(rows), device=rows.device) if cached else rows,
+            "temperature": temperature,
+            "vocab_size": vocab_size,
+            "student_bias": head.bias,
+            "student_softcap": head.softcap,
+            "student_logit_scale": head.logit_scale,
+        }
+        if teacher_head is None:
+            loss, per_token, _ = linear_kl_topk(x, head.weight, pack["topk_ids"], pack["topk_logprobs"], **student)
+        else:
+            loss, per_token = linear_kl(
+                x,
+                head.weight,
+                (pack["teacher_hidden"] if cached else teacher_hidden).to(teacher_head.weight.dtype),
+                teacher_head.weight,
+                divergence=divergence,
+                beta=beta,
+                teacher_bias=teacher_head.bias,
+                teacher_softcap=teacher_head.softcap,
+                teacher_logit_scale=teacher_head.logit_scale,
+                **student,
+            )
         if ce_weight:
             label_coefficient = torch.where(pack["label_is_original"], original, counterfactual)
             loss = (

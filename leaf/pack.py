@@ -10,12 +10,13 @@ import itertools
 import logging
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch.utils.data import Dataset, IterableDataset
 
-from leaf_kernels import SharedPrefixLayout, pack_groups
+from leaf_kernels import SharedPrefixLayout
+from leaf_kernels.packing import deal, pack_sizes, packed_sizes
 
 from .units import token_ids
 
@@ -75,9 +76,24 @@ def sequences(group: Group) -> list[list[int]]:
     return [member["input_ids"] for member in [*members, *group["counterfactuals"]]]
 
 
+class Answers(Protocol):
+    """What is known of a teacher's answers beforehand: `leaf.teacher.TeacherCache`."""
+
+    def read(self, input_ids: Sequence[int], response_start: int) -> dict[str, torch.Tensor]:
+        """Tensors [R, ...] of the R rows that predict the response."""
+        ...
+
+    def empty(self) -> dict[str, torch.Tensor]:
+        """The same of no row."""
+        ...
+
+
 class Collator:
-    """Puts the groups of a micro-batch into few packs of at most `max_tokens` tokens (`leaf_kernels.pack_groups`), in their
-    order within a pack; never changes what is in it.
+    """Deals the groups of a micro-batch to the ranks and puts each share into few packs of at most `max_tokens` tokens
+    (`leaf_kernels.pack_groups`), in their order within a pack; never changes what is in it.
+
+    Every rank gets the groups of all ranks and keeps its own: about as many packed tokens as any other, in equally many
+    packs (an idle one has a single token without weight), so that sharded models are run in step.
 
     Returns `{"packs": [...]}`. A pack has the model's inputs (`input_ids`, `position_ids` [1, N], `layout`) and the losses'
     (all counted per packed row; the row that predicts a member's first own token may lie in the shared prefix):
@@ -87,21 +103,29 @@ class Collator:
       Σu over those of counterfactuals. KL at a row depends on the row alone, so members that share it add their weights.
     - `label_rows`, `labels`, `label_is_original`, `label_weight` [K]: the same, one entry per predicted token, for
       cross-entropy: members that share a row have different labels there.
+    - what `answers` knows of the teacher at `rows` [M, ...].
 
     `concat` counts every response token once (u = 1), as the authors' released code does; otherwise
     u = 1 / (counterfactuals of that group in the step).
     """
 
-    def __init__(self, max_tokens: int, concat: bool = False):
+    def __init__(
+        self, max_tokens: int, concat: bool = False, rank: int = 0, ranks: int = 1, answers: Answers | None = None
+    ):
         if max_tokens < 1:
             raise ValueError(f"max_tokens must be at least 1, got {max_tokens}")
-        self.max_tokens = max_tokens
-        self.concat = concat
+        self.max_tokens, self.concat = max_tokens, concat
+        self.rank, self.ranks, self.answers = rank, ranks, answers
 
     def __call__(self, groups: Sequence[Group]) -> dict[str, list[Pack]]:
-        cut = pack_groups([sequences(group) for group in groups], self.max_tokens)
-        packs = [self._pack([groups[g] for g in pack]) for pack in cut]
-        return {"packs": packs or [self._pack([])]}  # one idle token when a rank has no group left in a short last step
+        sizes = packed_sizes([sequences(group) for group in groups])
+        dealt = deal(sizes, self.ranks)
+        shares = [[g for g, to in enumerate(dealt) if to == rank] for rank in range(self.ranks)]
+        cuts = [pack_sizes([sizes[g] for g in share], self.max_tokens) for share in shares]
+        mine = shares[self.rank]
+        packs = [[groups[mine[g]] for g in pack] for pack in cuts[self.rank]]
+        packs += [[]] * (max(1, *map(len, cuts)) - len(packs))
+        return {"packs": [self._pack(pack) for pack in packs]}
 
     def _pack(self, groups: Sequence[Group]) -> Pack:
         members = []
@@ -124,6 +148,8 @@ class Collator:
             weights.append(torch.full_like(rows[-1], share, dtype=torch.float32))
         label_rows, is_original, weight = (torch.cat(parts) for parts in (rows, original, weights))
 
+        unique, of_row = label_rows.unique(return_inverse=True)
+
         def per_row(mask: torch.Tensor) -> torch.Tensor:
             return torch.zeros(layout.num_tokens).index_add_(0, label_rows[mask], weight[mask])
 
@@ -131,14 +157,25 @@ class Collator:
             "input_ids": input_ids[None],
             "position_ids": layout.position_ids[None],
             "layout": layout,
-            "rows": label_rows.unique(),
+            "rows": unique,
             "weight_original": per_row(is_original),
             "weight_counterfactual": per_row(~is_original),
             "label_rows": label_rows,
             "labels": torch.cat(labels),
             "label_is_original": is_original,
             "label_weight": weight,
+            **self._answers([member for member, *_ in members], of_row, len(unique)),
         }
+
+    def _answers(self, members: Sequence[dict[str, Any]], of_row: torch.Tensor, rows: int) -> dict[str, torch.Tensor]:
+        """At each row that of the first member there: what the others say of a shared row is the same."""
+        if self.answers is None:
+            return {}
+        known = [self.answers.read(member["input_ids"], member["response_start"]) for member in members]
+        known = known or [self.answers.empty()]
+        first = torch.empty(rows, dtype=torch.int64)
+        first.scatter_reduce_(0, of_row, torch.arange(len(of_row)), "amin", include_self=False)
+        return {name: torch.cat([each[name] for each in known])[first] for name in known[0]}
 
 
 def choose(group: Group, index: int, epoch: int, seed: int, count: int | str) -> Group:
@@ -165,50 +202,38 @@ class GroupDataset(Dataset):
 
 
 class GroupSampler:
-    """Micro-batches of one rank: a global micro-batch is the next `batch_size × world_size` groups, cut in rank order.
+    """Micro-batches of all ranks together, `batch_size` groups each, the same on every rank: see `Collator`.
 
-    Every rank yields the same number of micro-batches. Where the groups run out a rank's share is short or empty: nothing is
-    ever repeated to fill it up. What a step holds depends on batch size × accumulation × ranks alone.
+    The last one may be short: nothing is ever repeated to fill it up. What a step holds depends on batch size × accumulation
+    × ranks alone.
     """
 
-    def __init__(self, size: int, batch_size: int, rank: int, world_size: int, seed: int, shuffle: bool):
-        self.size, self.batch_size, self.rank, self.world_size = size, batch_size, rank, world_size
-        self.seed, self.shuffle, self.epoch = seed, shuffle, 0
+    def __init__(self, size: int, batch_size: int, seed: int, shuffle: bool):
+        self.size, self.batch_size, self.seed, self.shuffle, self.epoch = size, batch_size, seed, shuffle, 0
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return -(-self.size // (self.batch_size * self.world_size))
+        return -(-self.size // self.batch_size)
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         order = torch.arange(self.size)
         if self.shuffle:
             order = torch.randperm(self.size, generator=torch.Generator().manual_seed(self.seed + self.epoch))
-        for chunk in order.split(self.batch_size * self.world_size):
-            mine = chunk[self.rank * self.batch_size : (self.rank + 1) * self.batch_size]
-            yield [(int(i), self.epoch) for i in mine]
+        for chunk in order.split(self.batch_size):
+            yield [(int(i), self.epoch) for i in chunk]
 
 
 class GroupStream(IterableDataset):
-    """The same for groups that come as a stream: every rank reads all of it and keeps its share of each micro-batch.
+    """The same for groups that come as a stream, which every rank reads.
 
     A stream for training repeats itself and counts its passes, as epochs: the Trainer knows one endless epoch of it, so
     counterfactuals cycle and a run resumes at the right place in any pass. What ends a pass short is not filled up.
     """
 
-    def __init__(
-        self,
-        groups: Iterable[Group],
-        batch_size: int,
-        rank: int,
-        world_size: int,
-        seed: int,
-        count: int | str,
-        repeat: bool,
-    ):
-        self.groups, self.batch_size, self.rank, self.world_size = groups, batch_size, rank, world_size
-        self.seed, self.count, self.repeat = seed, count, repeat
+    def __init__(self, groups: Iterable[Group], batch_size: int, seed: int, count: int | str, repeat: bool):
+        self.groups, self.batch_size, self.seed, self.count, self.repeat = groups, batch_size, seed, count, repeat
 
     def __iter__(self) -> Iterator[list[Group]]:
         for epoch in itertools.count() if self.repeat else (0,):
@@ -216,8 +241,8 @@ class GroupStream(IterableDataset):
             index = -1
             for index, group in enumerate(self.groups):
                 chunk.append(choose(group, index, epoch, self.seed, self.count))
-                if len(chunk) == self.batch_size * self.world_size:
-                    yield self._share(chunk)
+                if len(chunk) == self.batch_size:
+                    yield chunk
                     chunk = []
             if index < 0:
                 raise ValueError(
@@ -225,7 +250,4 @@ class GroupStream(IterableDataset):
                     "starts again (not a generator), or hold enough groups for max_steps"
                 )
             if chunk:
-                yield self._share(chunk)
-
-    def _share(self, chunk: list[Group]) -> list[Group]:
-        return chunk[self.rank * self.batch_size : (self.rank + 1) * self.batch_size]
+                yield chunk

@@ -23,6 +23,8 @@ from typing import Any, TypeVar
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from leaf_kernels.packing import deal
+
 MANIFEST = "manifest.json"
 SHARD_UNITS = 256  # what a killed stage loses at most
 # The same where units have sizes. A smaller table is cut into so many shards that it can still be dealt out.
@@ -151,7 +153,7 @@ def write_table(
         mine = missing
     else:
         # All shards are dealt out, not those that are missing: by now another process may have written one of its own.
-        dealt = _deal([sum(sizes[shard]) for shard in shards], ranks)
+        dealt = deal([sum(sizes[shard]) for shard in shards], ranks)
         mine = [n for n in missing if dealt[n] == rank]
     for n in mine:  # nobody else may: by now they may have written theirs anew
         files[n].unlink(missing_ok=True)
@@ -211,15 +213,6 @@ def _cut(units: int, sizes: Sequence[int] | None) -> list[slice]:
         passed = [total // limit for total in itertools.accumulate(sizes, initial=0)]
         ends = [n for n in range(1, units) if passed[n] > passed[n - 1]] + [units]
     return [slice(start, end) for start, end in zip([0, *ends], ends)]
-
-
-def _deal(sizes: Sequence[int], ranks: int) -> list[int]:
-    """The rank of each shard: the largest first, each to the rank that has least."""
-    load, dealt = [0] * ranks, [0] * len(sizes)
-    for n in sorted(range(len(sizes)), key=lambda n: -sizes[n]):
-        dealt[n] = min(range(ranks), key=load.__getitem__)
-        load[dealt[n]] += sizes[n]
-    return dealt
 
 
 def digest(value: Any) -> str:

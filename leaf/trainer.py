@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from accelerate.utils import send_to_device
+from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
@@ -17,6 +19,7 @@ from leaf_kernels.integrations.transformers import NAME, check_model, register
 
 from .objective import Distillation, Head, check_head, coefficients, distillation, head_of, hidden_states, install
 from .pack import Collator, Group, GroupDataset, GroupSampler, GroupStream
+from .teacher import TeacherCache
 
 logger = logging.getLogger(__name__)
 
@@ -82,7 +85,8 @@ class LeafTrainer(Trainer):
     Args:
         model: the student. It stays what it is: every checkpoint loads with plain `from_pretrained`. Both models are set to
             `attn_implementation="leaf"`; before `generate()`, call `model.set_attn_implementation("sdpa")`.
-        teacher: frozen by this call; moved to the training device.
+        teacher: a model, which this call freezes and moves to the training device, unless it is quantized, spread by a
+            `device_map` or sharded over the ranks (`leaf.loading`); or a `leaf.teacher.TeacherCache` of its answers.
         train_dataset, eval_dataset: groups (see `leaf.pack`), a sequence or an iterable; an iterable without a length needs
             `max_steps` and is read again from its start when it ends.
         vocab_size: distil on the first `vocab_size` columns of both heads. Default: all, where the heads have the same size;
@@ -98,7 +102,7 @@ class LeafTrainer(Trainer):
     def __init__(
         self,
         model: PreTrainedModel,
-        teacher: PreTrainedModel,
+        teacher: PreTrainedModel | TeacherCache,
         args: LeafArguments,
         train_dataset: Sequence[Group] | Iterable[Group] | None = None,
         eval_dataset: Sequence[Group] | Iterable[Group] | None = None,
@@ -109,31 +113,38 @@ class LeafTrainer(Trainer):
             raise ValueError("LeafTrainer packs groups itself: data_collator cannot be replaced")
         register()
         student: Any = model.get_base_model() if hasattr(model, "peft_config") else model  # type: ignore[operator]
-        for each in (student, teacher):
+        cached = isinstance(teacher, TeacherCache)
+        for each in (student,) if cached else (student, teacher):
             check_model(each)
             head_of(each)
             each.set_attn_implementation(NAME)
         _refuse_attention_dropout(student)
+        if cached:
+            _refuse_another_divergence(teacher, args)
         install(student)
-        collator = Collator(args.max_tokens, concat=args.loss_mode == "concat")
         super().__init__(
             model=model,
             args=args,
-            data_collator=collator,
+            data_collator=Collator(
+                args.max_tokens,
+                concat=args.loss_mode == "concat",
+                rank=args.process_index,
+                ranks=args.world_size,
+                answers=teacher if cached else None,
+            ),
             train_dataset=train_dataset,  # type: ignore[arg-type]
             eval_dataset=eval_dataset,  # type: ignore[arg-type]
             **kwargs,
         )
-        self.teacher = teacher.requires_grad_(False).eval().to(args.device)
-        for each in (student, teacher):
-            check_head(each)
-        self.teacher_head = head_of(teacher)
-        if not (args.bf16 or args.fp16):  # without autocast the op wants one dtype: cast once, not once per pack
-            dtype = head_of(student).weight.dtype
-            self.teacher_head = Head(
-                *(t.to(dtype) if isinstance(t, torch.Tensor) else t for t in self.teacher_head)  # type: ignore[arg-type]
-            )
-        sizes = [head_of(each).weight.shape[0] for each in (student, teacher)]
+        check_head(student)
+        self.teacher: PreTrainedModel | None = None if cached else _settle(teacher, args.device)
+        head = teacher.head if cached else head_of(teacher)
+        # Beside the student's, and without autocast, where the op wants one dtype, in it: cast once, not once per pack
+        dtype = None if args.bf16 or args.fp16 else head_of(student).weight.dtype
+        self.teacher_head = head and Head(
+            *(t.to(args.device, dtype) if isinstance(t, torch.Tensor) else t for t in head)  # type: ignore[arg-type]
+        )
+        sizes = [head_of(student).weight.shape[0], teacher.vocab_size if head is None else len(head.weight)]
         self.vocab_size = vocab_size if vocab_size is not None or sizes[0] == sizes[1] else min(sizes)
         if student.dtype in (torch.bfloat16, torch.float16) and any(p.requires_grad for p in student.parameters()):
             logger.warning(
@@ -160,9 +171,9 @@ class LeafTrainer(Trainer):
         return self._loader(dataset, self.args.per_device_eval_batch_size, "all", training=False)
 
     def _loader(self, dataset: Any, batch_size: int, count: str, training: bool) -> DataLoader:
-        """Sharded by our own sampler: accelerate's repeats samples where they do not divide by the ranks."""
+        """Dealt to the ranks by our own collator: accelerate's samplers repeat samples where they do not divide by the ranks."""
         args = self.args
-        rank, world_size = args.process_index, args.world_size
+        batch_size *= args.world_size
         seed = args.seed if args.data_seed is None else args.data_seed
         common: dict[str, Any] = {
             "collate_fn": self.data_collator,
@@ -177,12 +188,12 @@ class LeafTrainer(Trainer):
                     "LeafTrainer: a stream is read in order by the main process: set dataloader_num_workers=0, got "
                     f"{args.dataloader_num_workers}"
                 )
-            stream = GroupStream(dataset, batch_size, rank, world_size, seed, count, repeat=training)
+            stream = GroupStream(dataset, batch_size, seed, count, repeat=training)
             return DataLoader(stream, batch_size=None, **common)
         if len(dataset) == 0:
             raise ValueError("LeafTrainer: the data set has no groups")
         shuffle = training and args.train_sampling_strategy == "random"
-        sampler = GroupSampler(len(dataset), batch_size, rank, world_size, seed, shuffle)
+        sampler = GroupSampler(len(dataset), batch_size, seed, shuffle)
         return _Loader(GroupDataset(dataset, seed, count), batch_sampler=sampler, **common)
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
@@ -200,13 +211,29 @@ class LeafTrainer(Trainer):
     def training_step(
         self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
     ) -> torch.Tensor:
-        """One forward and backward per pack; gradients are synchronised with the last one only."""
-        *rest, last = inputs["packs"]
+        """One forward and backward per pack; DDP synchronises gradients with the last one only.
+
+        FSDP2 would keep whole gradients until then: there each pack's are divided among the ranks at once.
+        """
+        accelerator = self.accelerator
         total = torch.zeros((), device=self.args.device)
-        for pack in rest:
-            with self.accelerator.no_sync(model):
+        for pack in inputs["packs"]:
+            waits = pack is not inputs["packs"][-1]
+            context = accelerator.no_sync(model) if waits and not accelerator.is_fsdp2 else contextlib.nullcontext()
+            with context, self._steps(not waits):
                 total += super().training_step(model, pack, num_items_in_batch)
-        return total + super().training_step(model, last, num_items_in_batch)
+        return total
+
+    @contextlib.contextmanager
+    def _steps(self, steps: bool) -> Iterator[None]:
+        """DeepSpeed takes its step inside the backward: with the last pack of a step only."""
+        state = self.accelerator.gradient_state
+        before = state.sync_gradients
+        state._set_sync_gradients(before and steps)
+        try:
+            yield
+        finally:
+            state._set_sync_gradients(before)
 
     def compute_loss(
         self,
@@ -234,8 +261,10 @@ class LeafTrainer(Trainer):
     ) -> Distillation:
         args = self.args
         inputs = {name: pack[name] for name in ("input_ids", "position_ids", "layout")}
-        with torch.no_grad(), self.accelerator.autocast():
-            teacher_hidden = hidden_states(self.teacher, inputs)
+        teacher_hidden = None
+        if self.teacher is not None:
+            with torch.no_grad(), self.accelerator.autocast():
+                teacher_hidden = hidden_states(self.teacher, inputs).to(args.device)
         objective = distillation(
             pack,
             teacher_hidden,
@@ -247,7 +276,14 @@ class LeafTrainer(Trainer):
             ce_weight=args.ce_weight if model.training else 0.0,
             vocab_size=self.vocab_size,
         )
-        return model(**inputs, objective=objective)
+        results: list[Distillation] = []
+
+        def loss_of(hidden: torch.Tensor, head: Head) -> torch.Tensor:
+            results.append(objective(hidden, head))
+            return results[-1].loss
+
+        loss = model(**inputs, objective=loss_of)  # FSDP rounds what a forward returns, hence not the sums
+        return results[-1]._replace(loss=loss)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         return sum(super(LeafTrainer, self).floating_point_ops(pack) for pack in inputs["packs"])
@@ -288,6 +324,33 @@ class LeafTrainer(Trainer):
         values = dict(zip(names, torch.cat([loss[None], means]).tolist()))
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in values.items()}
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=samples)  # type: ignore[arg-type]
+
+
+def _settle(teacher: PreTrainedModel, device: torch.device) -> PreTrainedModel:
+    """The teacher frozen, on `device` unless it has a place of its own, and its head checked."""
+    teacher.requires_grad_(False).eval()
+    placed = hasattr(teacher, "hf_device_map") or getattr(teacher, "hf_quantizer", None) is not None
+    sharded = any(isinstance(module, FSDPModule) for module in teacher.modules())
+    if not placed and not sharded:
+        teacher.to(device)  # type: ignore[arg-type]
+    check_head(teacher)
+    return teacher
+
+
+def _refuse_another_divergence(cache: TeacherCache, args: LeafArguments) -> None:
+    """Of the K most probable tokens only the forward KL is known, at the temperature they were stored at."""
+    if cache.kind != "topk":
+        return
+    if args.divergence != "forward_kl":
+        raise ValueError(
+            f"divergence={args.divergence!r} needs the teacher's whole distribution, and this cache has its most probable "
+            "tokens: use divergence='forward_kl', or a cache of hidden states (--teacher-mode cached_hidden)"
+        )
+    if args.temperature != cache.temperature:
+        raise ValueError(
+            f"temperature={args.temperature:g}, but the cached log-probabilities are at {cache.temperature:g}: use that, or "
+            "build the cache again with `leaf cache --temperature`"
+        )
 
 
 def _refuse_attention_dropout(model: PreTrainedModel) -> None:

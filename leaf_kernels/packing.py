@@ -32,9 +32,13 @@ def pack_groups(groups: Sequence[Sequence[Sequence[int] | torch.Tensor]], max_to
     Raises:
         ValueError: `max_tokens` below 1.
     """
+    return pack_sizes(packed_sizes(groups), max_tokens)
+
+
+def pack_sizes(sizes: Sequence[int], max_tokens: int) -> list[list[int]]:
+    """`pack_groups` for groups of which only the packed sizes are known."""
     if max_tokens < 1:
         raise ValueError(f"pack_groups: max_tokens must be at least 1, got {max_tokens}; it is the budget of a pack")
-    sizes = _packed_sizes(groups)
     packs: list[list[int]] = []
     rooms: list[tuple[int, int]] = []  # (tokens that are free, pack), ascending
     for group in sorted(range(len(sizes)), key=lambda g: -sizes[g]):
@@ -49,8 +53,17 @@ def pack_groups(groups: Sequence[Sequence[Sequence[int] | torch.Tensor]], max_to
     return sorted(sorted(pack) for pack in packs)
 
 
-def _packed_sizes(groups: Sequence[Sequence[Sequence[int] | torch.Tensor]]) -> list[int]:
-    """Tokens of each group in a pack."""
+def deal(sizes: Sequence[int], ranks: int) -> list[int]:
+    """The rank that each piece of work goes to: the largest first, each to the rank that has least."""
+    load, dealt = [0] * ranks, [0] * len(sizes)
+    for n in sorted(range(len(sizes)), key=lambda n: -sizes[n]):
+        dealt[n] = min(range(ranks), key=load.__getitem__)
+        load[dealt[n]] += sizes[n]
+    return dealt
+
+
+def packed_sizes(groups: Sequence[Sequence[Sequence[int] | torch.Tensor]]) -> list[int]:
+    """Tokens of each group in a pack, of which a shared prefix counts once."""
     sizes: list[int] = []
     for first in range(0, len(groups), _AT_ONCE):
         some = groups[first : first + _AT_ONCE]
