@@ -139,8 +139,8 @@ class LeafTrainer(Trainer):
         check_head(student)
         self.teacher: PreTrainedModel | None = None if cached else _settle(teacher, args.device)
         head = teacher.head if cached else head_of(teacher)
-        # Beside the student's, and without autocast, where the op wants one dtype, in it: cast once, not once per pack
-        dtype = None if args.bf16 or args.fp16 else head_of(student).weight.dtype
+        # In the dtype that the student's head will have, cast once, not once per pack
+        dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else head_of(student).weight.dtype
         self.teacher_head = head and Head(
             *(t.to(args.device, dtype) if isinstance(t, torch.Tensor) else t for t in head)  # type: ignore[arg-type]
         )
@@ -221,7 +221,8 @@ class LeafTrainer(Trainer):
             waits = pack is not inputs["packs"][-1]
             context = accelerator.no_sync(model) if waits and not accelerator.is_fsdp2 else contextlib.nullcontext()
             with context, self._steps(not waits):
-                total += super().training_step(model, pack, num_items_in_batch)
+                super().training_step(model, pack, num_items_in_batch)
+            total += self._pack_loss
         return total
 
     @contextlib.contextmanager
@@ -244,13 +245,14 @@ class LeafTrainer(Trainer):
     ) -> Any:
         """The pack's share of E7 over the whole step; times the ranks, because their gradients are averaged."""
         coefficient = self._coefficients(num_items_in_batch)
-        result = self._distil(model, inputs, coefficient)
+        loss, result = self._distil(model, inputs, coefficient)
         if not torch.isfinite(result.loss):
             raise NonFiniteLoss(
                 f"the loss is {result.loss.item()} at step {self.state.global_step}; nothing was updated with it. Lower the "
                 "learning rate, check the data of this step, or train with bf16=True instead of fp16"
             )
-        loss = result.loss * self.args.world_size
+        self._pack_loss = result.loss.detach().float() * self.args.world_size
+        loss = loss * self.args.world_size
         return (loss, result) if return_outputs else loss
 
     def _coefficients(self, counts: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -258,7 +260,8 @@ class LeafTrainer(Trainer):
 
     def _distil(
         self, model: torch.nn.Module, pack: dict[str, Any], coefficient: tuple[torch.Tensor, torch.Tensor]
-    ) -> Distillation:
+    ) -> tuple[torch.Tensor, Distillation]:
+        """The loss to differentiate, which has passed through the wrapped forward and may be rounded by it; and the result."""
         args = self.args
         inputs = {name: pack[name] for name in ("input_ids", "position_ids", "layout")}
         teacher_hidden = None
@@ -282,8 +285,7 @@ class LeafTrainer(Trainer):
             results.append(objective(hidden, head))
             return results[-1].loss
 
-        loss = model(**inputs, objective=loss_of)  # FSDP rounds what a forward returns, hence not the sums
-        return results[-1]._replace(loss=loss)
+        return model(**inputs, objective=loss_of), results[-1]
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         return sum(super(LeafTrainer, self).floating_point_ops(pack) for pack in inputs["packs"])
@@ -310,7 +312,7 @@ class LeafTrainer(Trainer):
         for batch in dataloader:
             for pack in self._prepare_inputs(batch)["packs"]:
                 with torch.no_grad():
-                    result = self._distil(model, pack, (one, one))
+                    _, result = self._distil(model, pack, (one, one))
                 kl = torch.stack([result.kl_original, result.kl_counterfactual]).double()
                 weight = torch.stack([pack[w].double().sum() for w in ("weight_original", "weight_counterfactual")])
                 sums += torch.cat([kl, weight])

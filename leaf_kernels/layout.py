@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
@@ -15,7 +14,6 @@ T = TypeVar("T")
 _OP = "SharedPrefixLayout"
 
 
-@dataclass(frozen=True, eq=False)
 class SharedPrefixLayout:
     """N packed tokens in S segments, each of which may continue the start of another one.
 
@@ -39,21 +37,29 @@ class SharedPrefixLayout:
     Build it where the batch is collated, then move it once with `.to(device, non_blocking=True)`: nothing is ever read back.
     """
 
-    segment_starts: torch.Tensor
-    prefix_starts: torch.Tensor = None  # type: ignore[assignment]  # filled in __post_init__
-    prefix_lens: torch.Tensor = None  # type: ignore[assignment]
-    num_tokens: int = -1
-    num_segments: int = field(init=False)
-    has_prefix: bool = field(init=False)
-    max_len: int = field(init=False)  # longest sequence, its prefix included
-    has_tail: bool = field(init=False)  # positions beyond the last segment exist
-    _cache: dict[Any, Any] = field(init=False, repr=False, default_factory=dict)
+    # No dataclass: FSDP2 with mixed precision takes those apart on their way into a layer, and makes new ones.
 
-    def __post_init__(self) -> None:
-        for name in ("segment_starts", "prefix_starts", "prefix_lens"):
-            value = getattr(self, name)
+    segment_starts: torch.Tensor
+    prefix_starts: torch.Tensor
+    prefix_lens: torch.Tensor
+    num_tokens: int
+    num_segments: int
+    has_prefix: bool
+    max_len: int  # longest sequence, its prefix included
+    has_tail: bool  # positions beyond the last segment exist
+    _cache: dict[Any, Any]
+
+    def __init__(
+        self,
+        segment_starts: torch.Tensor,
+        prefix_starts: torch.Tensor | None = None,
+        prefix_lens: torch.Tensor | None = None,
+        num_tokens: int = -1,
+    ):
+        given = {"segment_starts": segment_starts, "prefix_starts": prefix_starts, "prefix_lens": prefix_lens}
+        for name, value in given.items():
             if value is None and name != "segment_starts":
-                value = torch.zeros(max(len(self.segment_starts) - 1, 0), dtype=torch.int32)
+                value = torch.zeros(max(len(segment_starts) - 1, 0), dtype=torch.int32)
             floats = not isinstance(value, torch.Tensor) or value.is_floating_point() or value.dtype == torch.bool
             if floats or value.ndim != 1:
                 raise TypeError(f"{_OP}: {name} must be a 1-D integer tensor, got {value!r}")
@@ -68,7 +74,7 @@ class SharedPrefixLayout:
             raise ValueError(f"{_OP}: segment_starts must have S + 1 >= 1 entries, got none")
         S = len(self.segment_starts) - 1
         last = int(self.segment_starts[-1])
-        N = last if self.num_tokens == -1 else int(self.num_tokens)
+        N = last if num_tokens == -1 else int(num_tokens)
         self._validate(S, N, last)
         lens = self.segment_starts.diff() + self.prefix_lens
         for name, value in {
@@ -77,8 +83,16 @@ class SharedPrefixLayout:
             "has_prefix": bool((self.prefix_lens > 0).any()),
             "max_len": int(lens.max()) if S else 0,
             "has_tail": last < N,
+            "_cache": {},
         }.items():
             object.__setattr__(self, name, value)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise AttributeError(f"{_OP}: {name} cannot be set: a layout never changes; build another one")
+
+    def __repr__(self) -> str:
+        facts = zip(("num_tokens", "num_segments", "has_prefix", "max_len", "has_tail"), self._facts())
+        return f"{_OP}({', '.join(f'{name}={fact}' for name, fact in facts)}, device={str(self.device)!r})"
 
     def _validate(self, S: int, N: int, last: int) -> None:
         starts, prefix_starts, prefix_lens = self.segment_starts, self.prefix_starts, self.prefix_lens

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 
 import pytest
 import torch
@@ -128,7 +127,7 @@ def test_float_starts_are_refused():
 
 def test_is_frozen_moves_and_flattens():
     layout, _ = SharedPrefixLayout.from_groups([[[1, 2, 3], [1, 2, 4]]])
-    with pytest.raises(dataclasses.FrozenInstanceError):
+    with pytest.raises(AttributeError, match="never changes"):
         layout.num_tokens = 7
     assert layout.to("cpu") is layout
     moved = layout.to("meta")
