@@ -131,7 +131,9 @@ def install(model: PreTrainedModel) -> None:
     inner = getattr(inner, "__func__", None) or (lambda _, *args, _inner=inner, **kwargs: _inner(*args, **kwargs))
 
     @functools.wraps(inner)
-    def forward(self: Any, *args: Any, objective: Callable[[torch.Tensor, Head], Any] | None = None, **kwargs: Any) -> Any:
+    def forward(
+        self: Any, *args: Any, objective: Callable[[torch.Tensor, Head], Any] | None = None, **kwargs: Any
+    ) -> Any:
         if objective is None:
             return inner(self, *args, **kwargs)
         kwargs = {

@@ -1,2 +1,4 @@
 """Placeholder until the cache is merged."""
+
+
 class TeacherCache: ...

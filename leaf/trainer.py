@@ -10,13 +10,14 @@ from typing import Any
 
 import torch
 from accelerate.utils import send_to_device
-from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers.integrations.deepspeed import deepspeed_init
 from transformers.trainer_utils import EvalLoopOutput
 
 from leaf_kernels.integrations.transformers import NAME, check_model, register
 
+from .checks import check_cache, check_engine, refuse_attention_dropout, refuse_without_values, settle
 from .objective import Distillation, Head, check_head, coefficients, distillation, head_of, hidden_states, install
 from .pack import Collator, Group, GroupDataset, GroupSampler, GroupStream
 from .teacher import TeacherCache
@@ -114,13 +115,14 @@ class LeafTrainer(Trainer):
         register()
         student: Any = model.get_base_model() if hasattr(model, "peft_config") else model  # type: ignore[operator]
         cached = isinstance(teacher, TeacherCache)
-        for each in (student,) if cached else (student, teacher):
+        for each, role in ((student, "student"), (teacher, "teacher"))[: 1 if cached else 2]:
+            refuse_without_values(each, role)
             check_model(each)
             head_of(each)
             each.set_attn_implementation(NAME)
-        _refuse_attention_dropout(student)
+        refuse_attention_dropout(student)
         if cached:
-            _refuse_another_divergence(teacher, args)
+            check_cache(teacher, args.divergence, args.temperature)
         install(student)
         super().__init__(
             model=model,
@@ -136,8 +138,9 @@ class LeafTrainer(Trainer):
             eval_dataset=eval_dataset,  # type: ignore[arg-type]
             **kwargs,
         )
+        check_engine(self)
         check_head(student)
-        self.teacher: PreTrainedModel | None = None if cached else _settle(teacher, args.device)
+        self.teacher: PreTrainedModel | None = None if cached else settle(teacher, args.device)
         head = teacher.head if cached else head_of(teacher)
         # In the dtype that the student's head will have, cast once, not once per pack
         dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else head_of(student).weight.dtype
@@ -171,7 +174,7 @@ class LeafTrainer(Trainer):
         return self._loader(dataset, self.args.per_device_eval_batch_size, "all", training=False)
 
     def _loader(self, dataset: Any, batch_size: int, count: str, training: bool) -> DataLoader:
-        """Dealt to the ranks by our own collator: accelerate's samplers repeat samples where they do not divide by the ranks."""
+        """Dealt to the ranks by our own collator: accelerate's samplers repeat samples that do not divide by the ranks."""
         args = self.args
         batch_size *= args.world_size
         seed = args.seed if args.data_seed is None else args.data_seed
@@ -261,7 +264,7 @@ class LeafTrainer(Trainer):
     def _distil(
         self, model: torch.nn.Module, pack: dict[str, Any], coefficient: tuple[torch.Tensor, torch.Tensor]
     ) -> tuple[torch.Tensor, Distillation]:
-        """The loss to differentiate, which has passed through the wrapped forward and may be rounded by it; and the result."""
+        """The loss to differentiate, which the wrapped forward has returned and may have rounded; and the result."""
         args = self.args
         inputs = {name: pack[name] for name in ("input_ids", "position_ids", "layout")}
         teacher_hidden = None
@@ -302,10 +305,7 @@ class LeafTrainer(Trainer):
     ) -> EvalLoopOutput:
         """Token-weighted global means, summed in fp64 over packs and ranks."""
         args = self.args
-        model: Any = self._wrap_model(self.model, training=False)  # type: ignore[arg-type]
-        if model is self.model and not self.accelerator._models:
-            model = self.accelerator.prepare_model(model, evaluation_mode=True)
-        model.eval()
+        model = self._evaluated_model()
         sums = torch.zeros(4, dtype=torch.float64, device=args.device)  # Σ KL and Σ weight, original and counterfactual
         one = torch.ones((), device=args.device)
         samples = 0
@@ -327,42 +327,35 @@ class LeafTrainer(Trainer):
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in values.items()}
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=samples)  # type: ignore[arg-type]
 
+    def _evaluated_model(self) -> Any:
+        """The wrapped model; one that was not trained is wrapped here, as the Trainer's own loop does."""
+        if self.is_deepspeed_enabled and self.deepspeed is None:
+            deepspeed_init(self, num_training_steps=0, inference=True)
+        model: Any = self._wrap_model(self.model, training=False)  # type: ignore[arg-type]
+        if model is self.model and not self.accelerator._models:
+            if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+                model = self.model_wrapped = self.accelerator.prepare(model)
+            else:
+                model = self.accelerator.prepare_model(model, evaluation_mode=True)
+            if self.is_fsdp_enabled:
+                self.model = model
+            if self.is_deepspeed_enabled:
+                self.deepspeed = model
+        return model.eval()
 
-def _settle(teacher: PreTrainedModel, device: torch.device) -> PreTrainedModel:
-    """The teacher frozen, on `device` unless it has a place of its own, and its head checked."""
-    teacher.requires_grad_(False).eval()
-    placed = hasattr(teacher, "hf_device_map") or getattr(teacher, "hf_quantizer", None) is not None
-    sharded = any(isinstance(module, FSDPModule) for module in teacher.modules())
-    if not placed and not sharded:
-        teacher.to(device)  # type: ignore[arg-type]
-    check_head(teacher)
-    return teacher
+    # -- saving ----------------------------------------------------------------------------------------------------------
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """The whole model, for plain `from_pretrained`; also where checkpoints are sharded, of which the Trainer saves none.
 
-def _refuse_another_divergence(cache: TeacherCache, args: LeafArguments) -> None:
-    """Of the K most probable tokens only the forward KL is known, at the temperature they were stored at."""
-    if cache.kind != "topk":
-        return
-    if args.divergence != "forward_kl":
-        raise ValueError(
-            f"divergence={args.divergence!r} needs the teacher's whole distribution, and this cache has its most probable "
-            "tokens: use divergence='forward_kl', or a cache of hidden states (--teacher-mode cached_hidden)"
-        )
-    if args.temperature != cache.temperature:
-        raise ValueError(
-            f"temperature={args.temperature:g}, but the cached log-probabilities are at {cache.temperature:g}: use that, or "
-            "build the cache again with `leaf cache --temperature`"
-        )
-
-
-def _refuse_attention_dropout(model: PreTrainedModel) -> None:
-    config = model.config.get_text_config()
-    for name in ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob"):
-        if value := getattr(config, name, None):
-            raise ValueError(
-                f"the student's config has {name}={value}, but packed attention has no dropout; load the student with "
-                f"from_pretrained(..., {name}=0.0)"
-            )
+        Collective: every rank calls it.
+        """
+        if self.is_fsdp_enabled and not _internal_call:
+            state = self.accelerator.get_state_dict(self.model)
+            if self.args.should_save:
+                self._save(output_dir or self.args.output_dir, state_dict=state)
+        else:
+            super().save_model(output_dir, _internal_call)
 
 
 class _Loader(DataLoader):

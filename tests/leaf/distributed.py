@@ -1,17 +1,25 @@
-"""Runs a function on two gloo ranks. A start costs seconds: one group serves all cases of a test."""
+"""Runs a function on two gloo ranks. A start costs seconds: one group serves all cases of a test.
+
+`engine` lets several engines follow each other in one group: accelerate and transformers remember the first in the
+environment and in global states.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
 import socket
 import tempfile
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch.multiprocessing as mp
+from accelerate import DistributedType
+from accelerate.state import AcceleratorState, PartialState
+from torch.distributed.fsdp import CPUOffloadPolicy
 
 
 def _worker(rank: int, world_size: int, port: int, function: Callable[..., Any], args: tuple, out: str) -> None:
@@ -45,3 +53,30 @@ def on_ranks(function: Callable[..., Any], *args: Any, world_size: int = 2) -> l
     if errors:
         raise RuntimeError(errors[0])
     return [value for _, value in results]
+
+
+@contextlib.contextmanager
+def engine() -> Iterator[None]:
+    """An accelerate of its own, which shards on CPUs too: it has the code, and leaves FSDP out where it sees no GPU."""
+    original = AcceleratorState.__init__
+
+    def init(self: Any, *args: Any, fsdp_plugin: Any = None, **kwargs: Any) -> None:
+        original(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+        if fsdp_plugin is not None and self.distributed_type == DistributedType.MULTI_CPU:
+            self.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+            if self._mixed_precision != "no":
+                fsdp_plugin.set_mixed_precision(self._mixed_precision)
+            if fsdp_plugin.cpu_offload:
+                fsdp_plugin.cpu_offload = CPUOffloadPolicy(pin_memory=False)  # pinning is the GPU's
+            self.fsdp_plugin = fsdp_plugin
+
+    AcceleratorState.__init__ = init  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        AcceleratorState.__init__ = original  # type: ignore[method-assign]
+        AcceleratorState._reset_state()
+        if PartialState._shared_state.get("distributed_type") == DistributedType.FSDP:
+            PartialState._shared_state["distributed_type"] = DistributedType.MULTI_CPU
+        for name in [name for name in os.environ if name.startswith(("FSDP_", "ACCELERATE_"))]:
+            del os.environ[name]

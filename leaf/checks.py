@@ -1,0 +1,87 @@
+"""What `LeafTrainer` refuses before its first step, and how it takes a teacher in."""
+
+from __future__ import annotations
+
+import torch
+from torch.distributed.fsdp import FSDPModule
+from transformers import PreTrainedModel, Trainer
+
+from .objective import check_head
+from .teacher import TeacherCache
+
+
+def check_engine(trainer: Trainer) -> None:
+    """Engines that would give another loss, no gradient, or no model in the end.
+
+    Raises:
+        ValueError: naming the remedy.
+    """
+    args, accelerator = trainer.args, trainer.accelerator
+    if args.fsdp and not trainer.is_fsdp_enabled:
+        raise ValueError(
+            f"fsdp={args.fsdp!r}, but accelerate shards on GPUs only and would train whole copies on {args.device.type}; "
+            "leave fsdp out"
+        )
+    if trainer.is_fsdp_enabled and not accelerator.is_fsdp2:
+        raise ValueError(
+            "FSDP1 shards weights that the losses read: use FSDP2 (fsdp_version: 2 in the accelerate config, or "
+            "fsdp_config={'version': 2})"
+        )
+    parallel = getattr(accelerator, "parallelism_config", None)
+    sizes = {name: getattr(parallel, f"{name}_size", 1) for name in ("tp", "cp", "sp")} if parallel else {}
+    if over := {name: size for name, size in sizes.items() if size > 1}:
+        raise ValueError(
+            f"parallelism_config has {over}: packs are not cut along tokens or heads; use data parallelism (DDP, FSDP2, "
+            "ZeRO), with activation checkpointing and a smaller max_tokens for memory"
+        )
+    if trainer.is_deepspeed_enabled:
+        config = accelerator.state.deepspeed_plugin.hf_ds_config
+        gathers = "zero_optimization.stage3_gather_16bit_weights_on_model_save"
+        if config.is_zero3() and not config.is_true(gathers):
+            raise ValueError(f"ZeRO-3 saves no model that transformers can load without {gathers}: set it to true")
+
+
+def refuse_without_values(model: PreTrainedModel, role: str) -> None:
+    """Under FSDP's efficient loading all ranks but one get weights without values, those of a teacher for good."""
+    if any(parameter.is_meta for parameter in model.parameters()) and not hasattr(model, "hf_device_map"):
+        raise ValueError(
+            f"weights of the {role} have no values on this rank: set fsdp_cpu_ram_efficient_loading: false in the "
+            "accelerate config, so that every rank loads them"
+        )
+
+
+def settle(teacher: PreTrainedModel, device: torch.device) -> PreTrainedModel:
+    """The teacher frozen, on `device` unless it has a place of its own, and its head checked."""
+    teacher.requires_grad_(False).eval()
+    placed = hasattr(teacher, "hf_device_map") or getattr(teacher, "hf_quantizer", None) is not None
+    sharded = any(isinstance(module, FSDPModule) for module in teacher.modules())
+    if not placed and not sharded:
+        teacher.to(device)  # type: ignore[arg-type]
+    check_head(teacher)
+    return teacher
+
+
+def check_cache(cache: TeacherCache, divergence: str, temperature: float) -> None:
+    """Of the K most probable tokens only the forward KL is known, at the temperature they were stored at."""
+    if cache.kind != "topk":
+        return
+    if divergence != "forward_kl":
+        raise ValueError(
+            f"divergence={divergence!r} needs the teacher's whole distribution, and this cache has its most probable "
+            "tokens: use divergence='forward_kl', or a cache of hidden states (--teacher-mode cached_hidden)"
+        )
+    if temperature != cache.temperature:
+        raise ValueError(
+            f"temperature={temperature:g}, but the cached log-probabilities are at {cache.temperature:g}: use that, or "
+            "build the cache again with `leaf cache --temperature`"
+        )
+
+
+def refuse_attention_dropout(model: PreTrainedModel) -> None:
+    config = model.config.get_text_config()
+    for name in ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob"):
+        if value := getattr(config, name, None):
+            raise ValueError(
+                f"the student's config has {name}={value}, but packed attention has no dropout; load the student with "
+                f"from_pretrained(..., {name}=0.0)"
+            )
