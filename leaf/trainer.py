@@ -333,14 +333,14 @@ class LeafTrainer(Trainer):
             deepspeed_init(self, num_training_steps=0, inference=True)
         model: Any = self._wrap_model(self.model, training=False)  # type: ignore[arg-type]
         if model is self.model and not self.accelerator._models:
-            if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-                model = self.model_wrapped = self.accelerator.prepare(model)
+            if self.is_fsdp_enabled:  # FSDP2 is prepared with an optimizer or not at all
+                model, _ = self.accelerator.prepare(model, torch.optim.SGD(model.parameters()))
+                self.accelerator._optimizers.clear()
+                self.model = self.model_wrapped = model
+            elif self.is_deepspeed_enabled:
+                self.deepspeed = self.model_wrapped = model = self.accelerator.prepare(model)
             else:
                 model = self.accelerator.prepare_model(model, evaluation_mode=True)
-            if self.is_fsdp_enabled:
-                self.model = model
-            if self.is_deepspeed_enabled:
-                self.deepspeed = model
         return model.eval()
 
     # -- saving ----------------------------------------------------------------------------------------------------------

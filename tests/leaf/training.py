@@ -64,12 +64,9 @@ class Gradients(TrainerCallback):
         self.steps = []
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        names = {
-            name: re.sub(r"module\.|_checkpoint_wrapped_|_orig_mod\.", "", name) for name, _ in model.named_parameters()
-        }
-        self.steps.append(
-            {names[name]: whole(p.grad).clone() for name, p in model.named_parameters() if p.requires_grad}
-        )
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        wrapper = re.compile(r"module\.|_checkpoint_wrapped_|_orig_mod\.")
+        self.steps.append({wrapper.sub("", name): whole(p.grad).clone() for name, p in trained.items()})
 
 
 def arguments(output: Path | str, **overrides: Any) -> LeafArguments:

@@ -1,0 +1,243 @@
+"""DDP and FSDP2 on two gloo ranks: weights after training, checkpoints, resuming, adapters, evaluation."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from distributed import engine, on_ranks
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
+from torch.distributed.tensor import DTensor
+from training import Gradients, arguments, assert_same, groups, model, train, whole
+from transformers import AutoModelForCausalLM
+
+from leaf.trainer import LeafTrainer
+
+FSDP: dict[str, Any] = {"fsdp": True, "fsdp_config": {"version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP"}}
+LEARNING: dict[str, Any] = {
+    "learning_rate": 1e-2,
+    "per_device_train_batch_size": 2,
+    "train_sampling_strategy": "random",
+    "counterfactuals_per_sample": "1",
+    "save_strategy": "steps",
+    "save_steps": 3,
+    "max_steps": 6,
+}
+
+
+def trainer(output: str | Path, student: Any = None, **options: Any) -> LeafTrainer:
+    student = model(0) if student is None else student
+    return LeafTrainer(student, model(1, hidden=32), arguments(output, **options), groups(), groups())
+
+
+def weights(trained: LeafTrainer) -> dict[str, torch.Tensor]:
+    return {name: whole(p.detach()).clone() for name, p in trained.model.named_parameters()}
+
+
+def tied() -> Any:
+    student = model(0)
+    student.config.tie_word_embeddings = True
+    student.tie_weights()
+    return student
+
+
+def lora() -> Any:
+    torch.manual_seed(3)
+    adapter = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    return get_peft_model(model(0), adapter).double()
+
+
+def frozen_head() -> Any:
+    student = model(0)
+    student.lm_head.requires_grad_(False)
+    return student
+
+
+STUDENTS: dict[str, Callable[[], Any]] = {"tied": tied, "lora": lora, "frozen head": frozen_head}
+
+
+def gradients(output: str | Path, student: Callable[[], Any], batch: int, **options: Any) -> Any:
+    """Losses and gradients, as `training.train` gives them."""
+    trained = trainer(output, student(), per_device_train_batch_size=batch, **options)
+    trained.add_callback(seen := Gradients())
+    trained.train()
+    return [entry["loss"] for entry in trained.state.log_history if "loss" in entry], seen.steps
+
+
+# -- what each rank does -----------------------------------------------------------------------------------------------
+
+
+def on_each_rank(folder: str) -> dict[str, Any]:
+    torch.set_num_threads(1)
+    found: dict[str, Any] = {}
+    for name in [name for name in globals() if name.startswith("rank_")]:
+        with engine():
+            found[name.removeprefix("rank_")] = globals()[name](f"{folder}/{name}")
+    return found
+
+
+def rank_twenty_steps(output: str) -> Any:
+    trained = trainer(output, **{**LEARNING, "max_steps": 20, "save_strategy": "no"})
+    trained.train()
+    return weights(trained)
+
+
+def rank_ddp_checkpoints(output: str) -> Any:
+    trained = trainer(output, **LEARNING)
+    trained.train()
+    return weights(trained)
+
+
+def rank_fsdp_resume(output: str) -> Any:
+    interrupted = trainer(output, **LEARNING, **FSDP)
+    interrupted.train()
+    resumed = trainer(output, **LEARNING, **FSDP)
+    resumed.train(resume_from_checkpoint=f"{output}/checkpoint-3")
+    resumed.save_model(f"{output}/final")
+    return weights(interrupted), weights(resumed), resumed.state.global_step
+
+
+def rank_fsdp_sharded_checkpoints(output: str) -> Any:
+    """Accelerate's default. The Trainer alone saves no model then."""
+    sharded = {**FSDP["fsdp_config"], "state_dict_type": "SHARDED_STATE_DICT"}
+    trained = trainer(output, **{**LEARNING, "max_steps": 3}, fsdp=True, fsdp_config=sharded)
+    trained.train()
+    trained.save_model(f"{output}/final")
+    return weights(trained), sorted(path.name for path in Path(output, "checkpoint-3").iterdir())
+
+
+def rank_students(output: str) -> Any:
+    found = {}
+    for name, student in STUDENTS.items():
+        for kind, options in (("ddp", {}), ("fsdp2", FSDP)):
+            with engine():
+                found[f"{name}, {kind}"] = gradients(output, student, 2, **options)
+    return found
+
+
+def rank_offload(output: str) -> Any:
+    offloaded = {**FSDP["fsdp_config"], "cpu_offload": True}
+    return gradients(output, functools.partial(model, 0), 2, fsdp=True, fsdp_config=offloaded)
+
+
+def rank_bf16(output: str) -> Any:
+    options: dict[str, Any] = {"per_device_train_batch_size": 2, "bf16": True, **FSDP}
+    pair = model(0).float(), model(1, hidden=32).float()
+    trained = LeafTrainer(*pair, arguments(output, **options), groups(), callbacks=[seen := Gradients()])
+    trained.train()
+    head = trained.model.lm_head.weight
+    losses = [entry["loss"] for entry in trained.state.log_history if "loss" in entry]
+    return losses, seen.steps, isinstance(head, DTensor), head.dtype
+
+
+def rank_evaluate(output: str) -> Any:
+    found = {"ddp": trainer(output, per_device_eval_batch_size=2).evaluate()}
+    with engine():
+        evaluated = trainer(output, per_device_eval_batch_size=2, per_device_train_batch_size=2, **FSDP)
+        found["fsdp2"] = evaluated.evaluate()
+        evaluated.add_callback(seen := Gradients())
+        evaluated.train()
+    return found, seen.steps
+
+
+def rank_fsdp1(output: str) -> str:
+    with pytest.raises(ValueError, match="use FSDP2") as caught:
+        trainer(output, fsdp=True, fsdp_config={**FSDP["fsdp_config"], "version": 1, "sync_module_states": False})
+    return str(caught.value)
+
+
+# -- what they found ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("engines")
+    return folder, on_ranks(on_each_rank, str(folder))
+
+
+def assert_equal(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], **tolerance: float) -> None:
+    assert actual.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(actual[name], value, **(tolerance or {"rtol": 0, "atol": 0}), msg=name)
+
+
+def test_ranks_agree_bitwise_after_twenty_steps(ranks):
+    _, (first, second) = ranks
+    assert_equal(first["twenty_steps"], second["twenty_steps"])
+    assert not torch.equal(first["twenty_steps"]["lm_head.weight"], model(0).lm_head.weight), "nothing was trained"
+
+
+def test_a_checkpoint_of_two_ranks_resumes_on_one(ranks, tmp_path):
+    folder, (first, _) = ranks
+    alone = trainer(tmp_path, **{**LEARNING, "per_device_train_batch_size": 4})
+    alone.train(resume_from_checkpoint=str(folder / "rank_ddp_checkpoints" / "checkpoint-3"))
+    assert alone.state.global_step == 6
+    assert_equal(weights(alone), first["ddp_checkpoints"], rtol=1e-4, atol=1e-5)
+
+
+def test_fsdp_resumes_as_if_it_had_not_been_interrupted_and_saves_a_plain_model(ranks):
+    folder, (first, second) = ranks
+    whole_run, resumed, steps = first["fsdp_resume"]
+    assert steps == 6
+    assert_equal(resumed, whole_run)
+    assert_equal(second["fsdp_resume"][1], resumed)
+    loaded = AutoModelForCausalLM.from_pretrained(folder / "rank_fsdp_resume" / "final", dtype=torch.float64)
+    assert_equal(dict(loaded.named_parameters()), resumed)
+    assert_equal(resumed, first["ddp_checkpoints"], rtol=1e-4, atol=1e-5)
+
+
+def test_a_final_model_is_whole_where_checkpoints_are_sharded(ranks):
+    folder, (first, _) = ranks
+    trained, checkpoint = first["fsdp_sharded_checkpoints"]
+    assert "pytorch_model_fsdp_0" in checkpoint, "the checkpoint was to be sharded"
+    stored = load_file(folder / "rank_fsdp_sharded_checkpoints" / "final" / "model.safetensors")
+    assert_equal(stored, trained)
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("name", STUDENTS)
+def test_students(name: str, kind: str, ranks, tmp_path):
+    _, found = ranks
+    expected = gradients(tmp_path, STUDENTS[name], 4)
+    for each in found:
+        losses, steps = each["students"][f"{name}, {kind}"]
+        assert_same((losses or expected[0], steps), expected)
+    if name == "frozen head":
+        assert "lm_head.weight" not in expected[1][0]
+
+
+def test_offloaded_parameters(ranks, tmp_path):
+    _, (first, _) = ranks
+    assert_same(first["offload"], train(tmp_path))
+
+
+def test_bf16_trains_fp32_masters_and_logs_an_unrounded_loss(ranks, tmp_path):
+    _, (first, _) = ranks
+    losses, steps, sharded, dtype = first["bf16"]
+    assert sharded
+    assert dtype == torch.float32
+    exact, expected = train(tmp_path)
+    for loss, reference in zip(losses, exact):
+        assert loss == pytest.approx(reference, rel=2e-2)
+        assert torch.tensor(loss).bfloat16().item() != loss, "rounded to bfloat16"
+    for step, reference in zip(steps, expected):
+        for name, gradient in step.items():
+            error = (gradient.double() - reference[name]).norm() / reference[name].norm()
+            assert error < 0.15, f"{name}: {error:.1%}"  # of a model with peaked outputs
+
+
+def test_evaluation(ranks, tmp_path):
+    _, found = ranks
+    alone = trainer(tmp_path).evaluate()
+    _, expected = train(tmp_path)
+    for each in found:
+        evaluated, steps = each["evaluate"]
+        assert_same(([], steps), ([], expected))
+        for kind, metrics in evaluated.items():
+            for name in ("eval_loss", "eval_kl_original", "eval_kl_counterfactual"):
+                assert metrics[name] == pytest.approx(alone[name], rel=1e-6), kind
