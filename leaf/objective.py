@@ -43,7 +43,8 @@ def head_of(model: PreTrainedModel) -> Head:
     _refuse_offloaded(model, "output head", head)
     if head.weight.numel() == 0:
         raise ValueError(
-            f"the output head of {type(model).__name__} is empty here; gather it if it is sharded (ZeRO-3)"
+            f"the output head of {type(model).__name__} is empty here: ZeRO-3 has divided it among the ranks. Load both models "
+            "before the training arguments are made; DeepSpeed divides the student when training starts"
         )
     return _read_head(head, model.config.get_text_config())
 

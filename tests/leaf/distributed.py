@@ -20,6 +20,7 @@ import torch.multiprocessing as mp
 from accelerate import DistributedType
 from accelerate.state import AcceleratorState, PartialState
 from torch.distributed.fsdp import CPUOffloadPolicy
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 
 def _worker(rank: int, world_size: int, port: int, function: Callable[..., Any], args: tuple, out: str) -> None:
@@ -75,6 +76,7 @@ def engine() -> Iterator[None]:
         yield
     finally:
         AcceleratorState.__init__ = original  # type: ignore[method-assign]
+        unset_hf_deepspeed_config()
         AcceleratorState._reset_state()
         if PartialState._shared_state.get("distributed_type") == DistributedType.FSDP:
             PartialState._shared_state["distributed_type"] = DistributedType.MULTI_CPU

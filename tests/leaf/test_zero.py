@@ -29,6 +29,7 @@ def zero(stage: int, gathers: bool = True) -> dict[str, Any]:
         "zero_optimization": {"stage": stage, "stage3_gather_16bit_weights_on_model_save": gathers},
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
+        "gradient_clipping": "auto",  # DeepSpeed's own default clips at a norm of 1
         "train_micro_batch_size_per_gpu": "auto",
         "gradient_accumulation_steps": "auto",
         "train_batch_size": "auto",
