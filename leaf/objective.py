@@ -43,8 +43,8 @@ def head_of(model: PreTrainedModel) -> Head:
     _refuse_offloaded(model, "output head", head)
     if head.weight.numel() == 0:
         raise ValueError(
-            f"the output head of {type(model).__name__} is empty here: ZeRO-3 has divided it among the ranks. Load both models "
-            "before the training arguments are made; DeepSpeed divides the student when training starts"
+            f"the output head of {type(model).__name__} is empty here: ZeRO-3 has divided it among the ranks. Load both "
+            "models before the training arguments are made; DeepSpeed divides the student when training starts"
         )
     return _read_head(head, model.config.get_text_config())
 
@@ -114,8 +114,8 @@ def check_head(model: PreTrainedModel) -> None:
 
 
 def hidden_states(model: PreTrainedModel, inputs: dict[str, Any]) -> torch.Tensor:
-    """Last hidden states [N, H] of a pack."""
-    return model.base_model(**inputs, use_cache=False).last_hidden_state[0]
+    """Last hidden states [N, H] of a pack, or of the rows of a batch end to end."""
+    return model.base_model(**{**inputs, "use_cache": False}).last_hidden_state.flatten(0, 1)
 
 
 def install(model: PreTrainedModel) -> None:

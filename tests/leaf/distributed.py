@@ -18,7 +18,9 @@ from typing import Any
 
 import torch.multiprocessing as mp
 from accelerate import DistributedType
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 from torch.distributed.fsdp import CPUOffloadPolicy
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
@@ -67,7 +69,7 @@ def engine() -> Iterator[None]:
             self.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
             if self._mixed_precision != "no":
                 fsdp_plugin.set_mixed_precision(self._mixed_precision)
-            if fsdp_plugin.cpu_offload:
+            if isinstance(fsdp_plugin.cpu_offload, CPUOffloadPolicy):
                 fsdp_plugin.cpu_offload = CPUOffloadPolicy(pin_memory=False)  # pinning is the GPU's
             self.fsdp_plugin = fsdp_plugin
 
@@ -82,3 +84,16 @@ def engine() -> Iterator[None]:
             PartialState._shared_state["distributed_type"] = DistributedType.MULTI_CPU
         for name in [name for name in os.environ if name.startswith(("FSDP_", "ACCELERATE_"))]:
             del os.environ[name]
+
+
+def launched_with(config: Path) -> dict[str, str]:
+    """What `accelerate launch --config_file` puts into the environment of its processes, but for ranks and addresses."""
+    args, defaults, _ = _validate_launch_command(
+        launch_command_parser().parse_args(["--config_file", str(config), "x.py"])
+    )
+    if args.use_deepspeed:
+        args.deepspeed_fields_from_accelerate_config = ",".join(defaults.deepspeed_config)
+        environment = prepare_deepspeed_cmd_env(args)[1]
+    else:
+        environment = prepare_multi_gpu_env(args)
+    return {name: value for name, value in environment.items() if name.startswith(("FSDP_", "ACCELERATE_"))}

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
+import os
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from distributed import engine, on_ranks
+from distributed import engine, launched_with, on_ranks
 from training import arguments, groups, model
 from transformers import AutoModelForCausalLM
 
@@ -20,6 +22,7 @@ pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed"),
 ]
 
+EXAMPLES = Path(__file__).parents[2] / "examples" / "accelerate"
 OPTIONS: dict[str, Any] = {"optim": "sgd", "learning_rate": 0.1, "lr_scheduler_type": "constant"}
 CUTS = [dict(zip(("accumulation", "max_tokens"), values)) for values in itertools.product((1, 2), (10**6, 1))]
 
@@ -59,6 +62,14 @@ def on_each_rank(folder: str) -> dict[str, Any]:
                 trained.train()
                 trained.save_model(f"{folder}/{name}/final")
                 found[name] = [entry["loss"] for entry in trained.state.log_history if "loss" in entry]
+    for config in sorted(EXAMPLES.glob("zero*.yaml")):
+        with engine():
+            os.environ.update(launched_with(config) | {"ACCELERATE_MIXED_PRECISION": "no"})
+            trained = trainer(f"{folder}/{config.stem}", per_device_train_batch_size=2, max_grad_norm=1.0)
+            trained.train()
+            trained.save_model(f"{folder}/{config.stem}/final")
+            stage = trained.accelerator.state.deepspeed_plugin.zero_stage
+            found[config.stem] = [entry["loss"] for entry in trained.state.log_history if "loss" in entry], stage
     with engine(), pytest.raises(ValueError, match="stage3_gather_16bit_weights_on_model_save: set it to true"):
         trainer(folder, deepspeed=zero(3, gathers=False))
     return found
@@ -69,7 +80,13 @@ def test_zero_equals_one_process(tmp_path, monkeypatch):
     alone = trainer(str(tmp_path))
     alone.train()
     losses = [entry["loss"] for entry in alone.state.log_history if "loss" in entry]
+    clipped = trainer(str(tmp_path), max_grad_norm=1.0)
+    clipped.train()
     first, _ = on_ranks(on_each_rank, str(tmp_path))
+    examples = {name: first.pop(name) for name in ("zero2", "zero3")}
+    assert [stage for _, stage in examples.values()] == [2, 3]
+    for found, _ in examples.values():
+        assert found == pytest.approx([e["loss"] for e in clipped.state.log_history if "loss" in e], rel=1e-5)
     assert len(first) == 3 * len(CUTS)
     for name, found in first.items():
         assert found == pytest.approx(losses, rel=1e-5), name
