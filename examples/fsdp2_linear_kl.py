@@ -107,28 +107,31 @@ def random_examples(n: int) -> list[Example]:
     return [(tokens(10 + 3 * i), tokens(5 + 2 * i)) for i in range(n)]
 
 
-def main() -> None:
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    backend = "nccl" if device == "cuda" else "gloo"
-    if "RANK" in os.environ:  # torchrun
-        dist.init_process_group(backend)
-    else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+def train(device: str) -> None:
+    """Five steps on this rank's share of the examples, two to a micro-batch."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
-
     model = Distillation(small_llama(0, 32, VOCABULARY), small_llama(1, 64, VOCABULARY + 24)).to(device)
     shard(model)
     optimizer = torch.optim.AdamW(model.student.parameters(), lr=1e-2)
-    examples = random_examples(8)[rank::world_size]
-    micro_batches = [collate(examples[i : i + 2]) for i in range(0, len(examples), 2)]
+    share = random_examples(8)[rank::world_size]
+    micro_batches = [collate(share[n : n + 2]) for n in range(0, len(share), 2)]
     for step in range(5):
         loss = backward(model, micro_batches, device)
         optimizer.step()
         optimizer.zero_grad()
         if rank == 0:
             print(f"step {step}: KL per response token {loss.item():.4f}")
+
+
+def main() -> None:
+    device, backend = ("cuda", "nccl") if torch.cuda.is_available() else ("cpu", "gloo")
+    if device == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    if "RANK" in os.environ:  # torchrun
+        dist.init_process_group(backend)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    train(device)
     dist.destroy_process_group()
 
 

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from distributed import on_ranks
-from torch.distributed.tensor.debug import CommDebugMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     DataCollatorWithFlattening,
     Gemma2Config,
@@ -215,7 +215,7 @@ def fsdp2_models() -> tuple[PreTrainedModel, PreTrainedModel]:
 
 
 def fsdp2_step(size: int) -> tuple[float, Gradients]:
-    """Of this rank's share of six examples, `size` to a micro-batch; gradients as a whole."""
+    """Of this rank's share of six examples, `size` of them to a micro-batch; whole gradients."""
     model = fsdp2_linear_kl.Distillation(*fsdp2_models())
     fsdp2_linear_kl.shard(model)
     share = fsdp2_linear_kl.random_examples(6)[dist.get_rank() :: dist.get_world_size()]
@@ -225,43 +225,45 @@ def fsdp2_step(size: int) -> tuple[float, Gradients]:
     return loss, {name: p.grad.full_tensor() for name, p in model.student.named_parameters()}
 
 
-def collectives() -> dict[str, int]:
-    """Of one micro-batch."""
-    model = fsdp2_linear_kl.Distillation(*fsdp2_models())
-    fsdp2_linear_kl.shard(model)
-    batch = fsdp2_linear_kl.collate(fsdp2_linear_kl.random_examples(2))
-    with CommDebugMode() as counted:
-        model(**batch).backward()
-    return {str(op).rpartition(".")[2]: n for op, n in counted.get_comm_counts().items()}
+class Gathered(TorchDispatchMode):
+    """Elements of everything that was gathered."""
+
+    def __init__(self):
+        super().__init__()
+        self.sizes: list[int] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.c10d._allgather_base_.default:
+            self.sizes.append(args[0].numel())
+        return func(*args, **(kwargs or {}))
 
 
-def refused() -> str:
-    """The head read from outside."""
+def fsdp2_gathers() -> list[int]:
+    """Of one micro-batch, forward and backward; and a head that is read from outside is refused."""
     model = fsdp2_linear_kl.Distillation(*fsdp2_models())
     fsdp2_linear_kl.shard(model)
     head, hidden = model.student.lm_head.weight, torch.zeros(3, 32, dtype=torch.float64)
-    with pytest.raises(TypeError, match="DTensor") as raised:
+    with pytest.raises(TypeError, match="student_weight is a DTensor"):
         linear_kl(hidden, head, hidden, head.detach())
-    return str(raised.value)
+    with Gathered() as gathered:
+        model(**fsdp2_linear_kl.collate(fsdp2_linear_kl.random_examples(2))).backward()
+    return gathered.sizes
 
 
 def _on_two_ranks(output: str) -> dict[str, Any]:
     torch.set_num_threads(1)
-    with contextlib.redirect_stdout(io.StringIO()) as printed:
-        fsdp2_linear_kl.main()
     dist.init_process_group("gloo")
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        fsdp2_linear_kl.train("cpu")
     result = {
         "printed": printed.getvalue(),
-        "fsdp2": {size: fsdp2_step(size) for size in (3, 1)},
-        "collectives": collectives(),
-        "refused": refused(),
+        "fsdp2": [fsdp2_step(micro_batch) for micro_batch in (3, 1)],
+        "gathers": fsdp2_gathers(),
     }
-    dist.destroy_process_group()
     if HAS_TRL:
-        for name, cut in {"ddp": {"per_device_train_batch_size": 2}, "accumulated": {}}.items():
-            if name == "accumulated":
-                cut = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}
-            result[name] = trained(trl_trainer(output, **cut))
+        cuts = ({"per_device_train_batch_size": 2}, {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2})
+        result["ddp"] = [trained(trl_trainer(output, **cut)) for cut in cuts]
+    dist.destroy_process_group()
     return result
 
 
@@ -273,20 +275,113 @@ def two_ranks(tmp_path_factory) -> list[dict[str, Any]]:
 def test_fsdp2_equals_one_process(two_ranks, capsys):
     expected = plain_kl(*fsdp2_models(), fsdp2_linear_kl.random_examples(6), vocab_size=fsdp2_linear_kl.VOCABULARY)
     for result in two_ranks:
-        for step in result["fsdp2"].values():
+        for step in result["fsdp2"]:
             assert_same(step, expected)
     fsdp2_linear_kl.main()
-    assert two_ranks[0]["printed"] == capsys.readouterr().out
-    assert two_ranks[1]["printed"] == ""
+    alone, together = (
+        [float(line.split()[-1]) for line in printed.splitlines()]
+        for printed in (capsys.readouterr().out, two_ranks[0]["printed"])
+    )
+    assert together == pytest.approx(alone, abs=2e-4)
+    assert alone[4] < 0.8 * alone[0]
 
 
 def test_fsdp2_gathers_heads_once(two_ranks):
+    """And embeddings, in forward and backward together; a student's layer twice."""
     for result in two_ranks:
-        print(result["collectives"], result["refused"])
+        heads, layer = max(result["gathers"]), min(result["gathers"])
+        assert result["gathers"].count(heads) == 1
+        assert result["gathers"].count(layer) == 4
 
 
 @needs_trl
 def test_trl_under_ddp(two_ranks):
     for result in two_ranks:
-        for name in ("ddp", "accumulated"):
-            assert_same(result[name], trl_expected())
+        for step in result["ddp"]:
+            assert_same(step, trl_expected())
+
+
+# -- padding-free batches on leaf's attention -------------------------------------------------------------------------------
+
+
+def masked_prompts() -> list[dict[str, list[int]]]:
+    """A third of each sequence is a prompt; the first one is a single token, which has nothing to predict."""
+    sequences = [[7], *padding_free.random_sequences(3)]
+    return [{"input_ids": s, "labels": [-100] * (len(s) // 3) + s[len(s) // 3 :]} for s in sequences]
+
+
+def padding_free_expected(data: list[dict[str, list[int]]]) -> tuple[float, Gradients]:
+    """One forward per sequence, its own attention, labels shifted here."""
+    model = padding_free.small_llama().double()
+    losses = []
+    for row in data:
+        logits = model(torch.tensor([row["input_ids"]])).logits[0, :-1]
+        labels = torch.tensor(row.get("labels", row["input_ids"]))[1:]
+        losses.append(F.cross_entropy(logits, labels, reduction="none")[labels != -100])
+    return gradients_of(model, torch.cat(losses).mean())
+
+
+@pytest.mark.parametrize("data", [masked_prompts(), [{"input_ids": s} for s in padding_free.random_sequences(4)]])
+@pytest.mark.parametrize("cut", [{}, {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}])
+def test_padding_free_equals_separate_sequences(data, cut, tmp_path):
+    args = TrainingArguments(str(tmp_path), **{**OPTIONS, **cut})
+    model = padding_free.small_llama().double()
+    assert_same(
+        trained(padding_free.PaddingFreeTrainer(model, args=args, train_dataset=data)), padding_free_expected(data)
+    )
+
+
+def test_padding_free_in_a_plain_trainer(tmp_path):
+    model = padding_free.small_llama().double()
+    padding_free.register()
+    model.set_attn_implementation("leaf")
+    collator = padding_free.with_layout(DataCollatorWithFlattening())
+    args = TrainingArguments(str(tmp_path), **OPTIONS)
+    trainer = Trainer(model, args, data_collator=collator, train_dataset=masked_prompts())
+    assert_same(trained(trainer), padding_free_expected(masked_prompts()))
+
+
+def test_padding_free_example_notices_a_wrong_layout(capsys, monkeypatch):
+    padding_free.main()
+    first, *_, last = capsys.readouterr().out.splitlines()
+    assert first == "236 tokens in the pack, 432 in a padded batch"
+    assert last.startswith("cross-entropy per token: ")
+    one_sequence = SharedPrefixLayout.from_lengths([236])
+    monkeypatch.setattr(padding_free.SharedPrefixLayout, "from_lengths", lambda lengths: one_sequence)
+    with pytest.raises(SystemExit, match="the pack and the sequences alone differ"):
+        padding_free.main()
+
+
+# -- counterfactual rows as TRL's prompt-completion data set ------------------------------------------------------------------
+
+
+@needs_trl
+@pytest.mark.parametrize("template", ["chatml", "llama3"])
+def test_exported_rows_train_in_trl(template: str, tmp_path):
+    """As docs/integrations.md does it. The ids are LeaF's own, the labels are the completion's and nothing else."""
+    rows, scores, counterfactuals = tables(template)
+    (tmp_path / "run").mkdir()
+    export(tmp_path / "run" / "export", "trl", rows, scores, counterfactuals)
+    tokenizer = tiny.tokenizer(template)
+    add_bos = tokenizers.processors.TemplateProcessing(
+        single="<|bos|> $A", special_tokens=[("<|bos|>", tokenizer.bos_token_id)]
+    )
+    tokenizer._tokenizer.post_processor = add_bos  # as Llama 3's: text that has a beginning already would get a second one
+    assert tokenizer("a").input_ids[0] == tokenizer.bos_token_id
+    student = tiny.model(tokenizer)
+    before = student.lm_head.weight.clone()
+    names = run_block("load_dataset", tmp_path, student=student, tokenizer=tokenizer)
+
+    originals = [s for s in scores if s["level"] == "instruction"]
+    dataset = names["trainer"].train_dataset
+    assert len(dataset) == len(originals) + len(counterfactuals)
+    for row, sample in zip(dataset, originals):
+        assert row["input_ids"] == sample["input_ids"]
+    for row, counterfactual in zip(list(dataset)[len(originals) :], counterfactuals):
+        cut = row["labels"].count(-100)
+        assert row["labels"] == [-100] * cut + row["input_ids"][cut:]
+        assert tokenizer.decode(row["input_ids"][:cut]) == counterfactual["prompt"]
+        assert tokenizer.decode(row["input_ids"][cut:]) == counterfactual["response"]
+        assert row["input_ids"][-1] == tokenizer.eos_token_id != row["input_ids"][-2]
+    assert names["trainer"].state.global_step == 2
+    assert not torch.equal(student.lm_head.weight, before)
