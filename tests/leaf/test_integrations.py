@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import importlib.util
 import io
-import json
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import pytest
+import tiny
+import tokenizers
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from distributed import on_ranks
+from test_export import tables
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     DataCollatorWithFlattening,
@@ -29,7 +33,8 @@ from transformers import (
 )
 
 from examples import fsdp2_linear_kl, padding_free
-from leaf_kernels import linear_kl
+from leaf.export import export
+from leaf_kernels import SharedPrefixLayout, linear_kl
 from leaf_kernels.testing import record_allocations
 
 Gradients = dict[str, torch.Tensor]
@@ -47,6 +52,22 @@ OPTIONS: dict[str, Any] = {
     "save_strategy": "no",
     "disable_tqdm": True,
 }
+
+
+def run_block(word: str, folder: Path, **names: Any) -> dict[str, Any]:
+    """Runs the block of docs/integrations.md that has this word in it, in `folder`, and returns its names.
+
+    On CPUs TRL must be told that it has no GPU; it keeps its default, bf16 by autocast.
+    """
+    page = Path(__file__).parents[2] / "docs" / "integrations.md"
+    (block,) = [code for code in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL) if word in code]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        if HAS_TRL:
+            trl = importlib.import_module("trl")
+            patch.setattr(trl, "SFTConfig", functools.partial(trl.SFTConfig, use_cpu=True))
+        exec(compile(block, page.name, "exec"), names)
+    return names
 
 
 class Recorder(TrainerCallback):
@@ -206,6 +227,14 @@ def test_trl_example_runs(capsys):
     assert float(words[-4]) < 0.8 * float(words[4])
 
 
+@needs_trl
+def test_trl_block_of_the_page_runs(tmp_path):
+    trl_linear_kl = importlib.import_module("examples.trl_linear_kl")
+    student, teacher = (model.float() for model in trl_models())
+    tokenizer, dataset = trl_linear_kl.tokenizer(), trl_linear_kl.rows()
+    run_block("LinearKLTrainer", tmp_path, student=student, teacher=teacher, tokenizer=tokenizer, dataset=dataset)
+
+
 # -- linear_kl under FSDP2 --------------------------------------------------------------------------------------------------
 
 
@@ -352,6 +381,15 @@ def test_padding_free_example_notices_a_wrong_layout(capsys, monkeypatch):
         padding_free.main()
 
 
+def test_padding_free_blocks_of_the_page_run(tmp_path):
+    model = padding_free.small_llama()
+    alone = [model.base_model(torch.tensor([s])).last_hidden_state[0] for s in ([1, 5, 6, 2], [1, 7, 2])]
+    names = run_block("from_lengths", tmp_path, model=model)
+    for packed, hidden in zip(names["hidden"], alone):
+        torch.testing.assert_close(packed, hidden, rtol=1e-4, atol=1e-5)
+    run_block("DataCollatorWithFlattening", tmp_path, model=model, sequences=names["sequences"])
+
+
 # -- counterfactual rows as TRL's prompt-completion data set ------------------------------------------------------------------
 
 
@@ -370,7 +408,7 @@ def test_exported_rows_train_in_trl(template: str, tmp_path):
     assert tokenizer("a").input_ids[0] == tokenizer.bos_token_id
     student = tiny.model(tokenizer)
     before = student.lm_head.weight.clone()
-    names = run_block("load_dataset", tmp_path, student=student, tokenizer=tokenizer)
+    names = run_block("load_dataset(", tmp_path, student=student, tokenizer=tokenizer)
 
     originals = [s for s in scores if s["level"] == "instruction"]
     dataset = names["trainer"].train_dataset
