@@ -26,9 +26,9 @@ Batch = dict[str, torch.Tensor]
 class Distillation(torch.nn.Module):
     """Σ KL(teacher ‖ student) over the response tokens of a batch.
 
-    The loss is computed in this forward because this is the module that `fully_shard` gathers: inside, both heads are whole
-    and plain tensors, gathered once, and the student's gets its gradient reduced. Read from outside they are shards (DTensors,
-    which `linear_kl` refuses).
+    The loss is computed in this forward because this is the module that `fully_shard` gathers: inside, both heads are
+    plain, whole tensors, gathered once, and the student's gets its gradient reduced. Read from outside they are shards:
+    DTensors, which `linear_kl` refuses.
     """
 
     def __init__(self, student: LlamaForCausalLM, teacher: LlamaForCausalLM):
@@ -56,12 +56,12 @@ def shard(model: Distillation) -> None:
 
 
 def collate(examples: list[Example]) -> Batch:
-    """Right-padded ids, and the rows [M] of the flattened batch [B·T] that predict response tokens: row i predicts token i + 1."""
+    """Right-padded ids, and the rows [M] of the flattened batch [B·T] whose next token is one of a response."""
     length = max(len(prompt) + len(response) for prompt, response in examples)
     input_ids = torch.tensor([p + r + [0] * (length - len(p) - len(r)) for p, r in examples])
     sizes = torch.tensor([len(p) + len(r) for p, r in examples])
     attention_mask = (torch.arange(length) < sizes[:, None]).long()
-    # On the CPU, where it costs no host sync
+    # Row i predicts token i + 1. Made on the CPU, where it costs no host sync
     rows = [torch.arange(len(p) - 1, len(p) + len(r) - 1) + n * length for n, (p, r) in enumerate(examples)]
     return {"input_ids": input_ids, "attention_mask": attention_mask, "rows": torch.cat(rows)}
 
@@ -77,7 +77,9 @@ def backward(model: Distillation, micro_batches: list[Batch], device: str = "cpu
     for n, batch in enumerate(micro_batches):
         model.set_requires_gradient_sync(n == len(micro_batches) - 1)
         loss = model(**{name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}) / tokens
-        (loss * dist.get_world_size()).backward()  # FSDP averages gradients over the ranks; this mean counts them already
+        (
+            loss * dist.get_world_size()
+        ).backward()  # FSDP averages gradients over the ranks; this mean counts them already
         total += loss.detach()
     dist.all_reduce(total)
     return total

@@ -35,8 +35,8 @@ def packed_hidden(model: LlamaForCausalLM, sequences: list[list[int]]) -> tuple[
 def with_layout(collator: Callable[[list], dict]) -> Callable[[list], dict]:
     """A padding-free collator that says where sequences begin with a layout, in place of FlashAttention's arguments.
 
-    `collator` returns `input_ids`, `position_ids` and `labels` as a batch of one: transformers' DataCollatorWithFlattening, or
-    TRL's DataCollatorForLanguageModeling(pad_token_id=..., padding_free=True), also on packed data sets.
+    `collator` returns `input_ids`, `position_ids` and `labels` as a batch of one: transformers'
+    DataCollatorWithFlattening, or TRL's DataCollatorForLanguageModeling(pad_token_id=..., padding_free=True).
     """
 
     def collate(examples: list) -> dict:
@@ -56,7 +56,9 @@ class PaddingFreeTrainer(Trainer):
         register()  # makes attn_implementation="leaf" available
         check_model(model)  # raises if a pack of this model would not equal its separate sequences
         model.set_attn_implementation("leaf")
-        install(model)  # model(objective=f, ...) returns f(hidden, head), computed inside the forward that DDP or FSDP wraps
+        install(
+            model
+        )  # model(objective=f, ...) returns f(hidden, head), computed inside the forward that DDP or FSDP wraps
         super().__init__(model, data_collator=with_layout(DataCollatorWithFlattening()), **kwargs)
 
     def compute_loss(

@@ -1,4 +1,4 @@
-"""The examples for other trainers: losses and gradients are those of plain formulas on full logits, however a step is cut."""
+"""The examples for other trainers: losses and gradients are those of plain formulas, however a step is cut."""
 
 from __future__ import annotations
 
@@ -212,7 +212,7 @@ def test_trl_evaluates_and_makes_no_logits(tmp_path):
     assert evaluated["eval_loss"] == pytest.approx(expected, rel=1e-6)
     batch = trainer.data_collator(list(trainer.train_dataset))
     tokens, used = batch["input_ids"].numel(), int((batch["labels"] != -100).sum())
-    chunks = mock.patch("leaf_kernels.ops.linear_kl.op.default_chunk_rows", lambda *_, **__: 3)
+    chunks = mock.patch("leaf_kernels.ops.linear_kl.op.default_chunk_rows", return_value=3)
     with chunks, record_allocations() as sizes:
         trainer.compute_loss(trainer.model, batch).backward()
     assert 3 * 104 in sizes, "logits of a chunk"
@@ -290,7 +290,10 @@ def _on_two_ranks(output: str) -> dict[str, Any]:
         "gathers": fsdp2_gathers(),
     }
     if HAS_TRL:
-        cuts = ({"per_device_train_batch_size": 2}, {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2})
+        cuts = (
+            {"per_device_train_batch_size": 2},
+            {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2},
+        )
         result["ddp"] = [trained(trl_trainer(output, **cut)) for cut in cuts]
     dist.destroy_process_group()
     return result
@@ -390,7 +393,7 @@ def test_padding_free_blocks_of_the_page_run(tmp_path):
     run_block("DataCollatorWithFlattening", tmp_path, model=model, sequences=names["sequences"])
 
 
-# -- counterfactual rows as TRL's prompt-completion data set ------------------------------------------------------------------
+# -- counterfactual rows as a data set of TRL ---------------------------------------------------------------------------------
 
 
 @needs_trl
@@ -404,7 +407,9 @@ def test_exported_rows_train_in_trl(template: str, tmp_path):
     add_bos = tokenizers.processors.TemplateProcessing(
         single="<|bos|> $A", special_tokens=[("<|bos|>", tokenizer.bos_token_id)]
     )
-    tokenizer._tokenizer.post_processor = add_bos  # as Llama 3's: text that has a beginning already would get a second one
+    tokenizer._tokenizer.post_processor = (
+        add_bos  # as Llama 3's: text that has a beginning already would get a second one
+    )
     assert tokenizer("a").input_ids[0] == tokenizer.bos_token_id
     student = tiny.model(tokenizer)
     before = student.lm_head.weight.clone()
