@@ -114,7 +114,7 @@ def plain_kl(
     return gradients_of(student, torch.cat(per_token).mean())
 
 
-# -- linear_kl in TRL's SFTTrainer ------------------------------------------------------------------------------------------
+# -- linear_kl in TRL's SFTTrainer -------------------------------------------------------------------------------------
 
 
 # Of different lengths: a mean of the micro-batches' means would not be the mean
@@ -235,7 +235,7 @@ def test_trl_block_of_the_page_runs(tmp_path):
     run_block("LinearKLTrainer", tmp_path, student=student, teacher=teacher, tokenizer=tokenizer, dataset=dataset)
 
 
-# -- linear_kl under FSDP2 --------------------------------------------------------------------------------------------------
+# -- linear_kl under FSDP2 ---------------------------------------------------------------------------------------------
 
 
 def fsdp2_models() -> tuple[PreTrainedModel, PreTrainedModel]:
@@ -333,7 +333,7 @@ def test_trl_under_ddp(two_ranks):
             assert_same(step, trl_expected())
 
 
-# -- padding-free batches on leaf's attention -------------------------------------------------------------------------------
+# -- padding-free batches on leaf's attention --------------------------------------------------------------------------
 
 
 def masked_prompts() -> list[dict[str, list[int]]]:
@@ -393,7 +393,7 @@ def test_padding_free_blocks_of_the_page_run(tmp_path):
     run_block("DataCollatorWithFlattening", tmp_path, model=model, sequences=names["sequences"])
 
 
-# -- counterfactual rows as a data set of TRL ---------------------------------------------------------------------------------
+# -- counterfactual rows in TRL ----------------------------------------------------------------------------------------
 
 
 @needs_trl
