@@ -77,9 +77,8 @@ def backward(model: Distillation, micro_batches: list[Batch], device: str = "cpu
     for n, batch in enumerate(micro_batches):
         model.set_requires_gradient_sync(n == len(micro_batches) - 1)
         loss = model(**{name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}) / tokens
-        (
-            loss * dist.get_world_size()
-        ).backward()  # FSDP averages gradients over the ranks; this mean counts them already
+        # FSDP averages gradients over the ranks; this mean is over the tokens of all of them already
+        (loss * dist.get_world_size()).backward()
         total += loss.detach()
     dist.all_reduce(total)
     return total
