@@ -56,9 +56,7 @@ class PaddingFreeTrainer(Trainer):
         register()  # makes attn_implementation="leaf" available
         check_model(model)  # raises if a pack of this model would not equal its separate sequences
         model.set_attn_implementation("leaf")
-        install(
-            model
-        )  # model(objective=f, ...) returns f(hidden, head), computed inside the forward that DDP or FSDP wraps
+        install(model)  # model(objective=f, ...) returns f(hidden, head), inside the forward that DDP or FSDP wraps
         super().__init__(model, data_collator=with_layout(DataCollatorWithFlattening()), **kwargs)
 
     def compute_loss(
