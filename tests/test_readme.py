@@ -72,7 +72,7 @@ def test_commands_and_options_exist():
         )
 
 
-@pytest.mark.parametrize("document", ["README.md", "docs/packing.md", "docs/linear_kl.md"])
+@pytest.mark.parametrize("document", ["README.md", "docs/packing.md", "docs/linear_kl.md", "docs/integrations.md"])
 def test_links_lead_somewhere(document):
     path = ROOT / document
     for target in re.findall(r"(?:\]\(|src=\")([^)#:\"]+)[)\"]", path.read_text()):
