@@ -88,6 +88,8 @@ class Collator:
     - `label_rows`, `labels`, `label_is_original`, `label_weight` [K]: the same, one entry per predicted token, for
       cross-entropy: members that share a row have different labels there.
 
+    And two numbers for the log: `deleted` tokens of `deletable` ones, see `deletions`.
+
     `concat` counts every response token once (u = 1), as the authors' released code does; otherwise
     u = 1 / (counterfactuals of that group in the step).
     """
@@ -138,7 +140,16 @@ class Collator:
             "labels": torch.cat(labels),
             "label_is_original": is_original,
             "label_weight": weight,
+            **deletions(groups),
         }
+
+
+def deletions(groups: Iterable[Group]) -> dict[str, int]:
+    """Over the counterfactuals of groups that have an original: `deleted`, by how many tokens they are shorter than it, and
+    `deletable`, how many stood before their targets (of the prompt, and of the response up to the cut)."""
+    pairs = [(len(g["original"]["input_ids"]), c) for g in groups if g["original"] for c in g["counterfactuals"]]
+    deleted = sum(whole - len(c["input_ids"]) for whole, c in pairs)
+    return {"deleted": deleted, "deletable": deleted + sum(c["response_start"] for _, c in pairs)}
 
 
 def choose(group: Group, index: int, epoch: int, seed: int, count: int | str) -> Group:

@@ -15,6 +15,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from leaf_kernels.integrations.transformers import NAME, check_model, register
 
+from .metrics import Interval
 from .objective import Distillation, Head, check_head, coefficients, distillation, head_of, hidden_states, install
 from .pack import Collator, Group, GroupDataset, GroupSampler, GroupStream
 
@@ -124,6 +125,8 @@ class LeafTrainer(Trainer):
             eval_dataset=eval_dataset,  # type: ignore[arg-type]
             **kwargs,
         )
+        self.interval = Interval(self.accelerator)
+        self.add_callback(self.interval)
         self.teacher = teacher.requires_grad_(False).eval().to(args.device)
         for each in (student, teacher):
             check_head(each)
@@ -223,6 +226,7 @@ class LeafTrainer(Trainer):
                 f"the loss is {result.loss.item()} at step {self.state.global_step}; nothing was updated with it. Lower the "
                 "learning rate, check the data of this step, or train with bf16=True instead of fp16"
             )
+        self.interval.add(inputs, result)
         loss = result.loss * self.args.world_size
         return (loss, result) if return_outputs else loss
 
@@ -251,6 +255,22 @@ class LeafTrainer(Trainer):
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         return sum(super(LeafTrainer, self).floating_point_ops(pack) for pack in inputs["packs"])
+
+    # -- log -------------------------------------------------------------------------------------------------------------
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """A log of the training loss also has what `leaf.metrics` says of the interval."""
+        if "loss" in logs:
+            logs |= self.interval.close()
+        super().log(logs, start_time)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        with self.interval.paused():
+            return super().evaluate(*args, **kwargs)
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        with self.interval.paused():
+            super()._save_checkpoint(*args, **kwargs)
 
     # -- evaluation ------------------------------------------------------------------------------------------------------
 
