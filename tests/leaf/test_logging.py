@@ -159,7 +159,7 @@ def test_peak_memory_of_a_process_is_what_the_kernel_says():
         pytest.skip("no /proc here to compare with")
     peak = metrics.peak_memory(torch.device("cpu"))
     (kib,) = re.findall(r"VmHWM:\s+(\d+) kB", status.read_text())
-    assert peak == pytest.approx(int(kib) * 1024, rel=0.05)
+    assert peak == pytest.approx(int(kib) * 1024, rel=0.01)
 
 
 def test_deletions_are_counted_in_front_of_the_target_at_both_levels():

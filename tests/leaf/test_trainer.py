@@ -156,6 +156,8 @@ def test_stream_equals_sequence(whole_steps, tmp_path):
 
 
 def _on_two_ranks(output: str) -> dict[str, Any]:
+    from test_callbacks import accuracy_of_this_rank  # which imports from here
+
     torch.set_num_threads(1)
     cases = {
         "batch": train(output, per_device_train_batch_size=2),
@@ -172,7 +174,8 @@ def _on_two_ranks(output: str) -> dict[str, Any]:
     trained.train()
     weights = {name: p.detach().clone() for name, p in trained.model.named_parameters()}
     (log,) = interval_logs(output, per_device_train_batch_size=2, logging_steps=2)
-    return {"cases": cases, "evaluate": trainer.evaluate(), "weights": weights, "log": log}
+    measured = {"evaluate": trainer.evaluate(), "accuracy": accuracy_of_this_rank(output)}
+    return {"cases": cases, "weights": weights, "log": log, **measured}
 
 
 def interval_logs(output: str, **overrides: Any) -> list[dict[str, float]]:
@@ -192,6 +195,7 @@ def test_ranks_change_nothing(whole_steps, tmp_path):
             assert_same((case[0] or whole_steps[0], case[1]), whole_steps)
         for name in ("eval_loss", "eval_kl_original", "eval_kl_counterfactual"):
             assert result["evaluate"][name] == pytest.approx(alone[name], rel=1e-6)
+        assert result["accuracy"] == 0.75
     (log,) = interval_logs(str(tmp_path), logging_steps=2)
     for name in ("kl/original", "kl/counterfactual", "pruned_fraction", "tokens_per_second"):
         assert first["log"][name] == second["log"][name] == pytest.approx(log[name], rel=1e-6), name
