@@ -25,8 +25,8 @@ class _OfStudent(TrainerCallback):
     def __init__(self, trainer: LeafTrainer):
         if trainer.is_fsdp_enabled or is_deepspeed_zero3_enabled():
             raise ValueError(
-                f"{type(self).__name__}: each rank runs the student by itself, but here they share its weights (FSDP, ZeRO-3): "
-                "train with DDP, or measure what was saved (`leaf eval`)"
+                f"{type(self).__name__}: each rank runs the student by itself, but here they share its weights (FSDP, "
+                "ZeRO-3): train with DDP, or measure what was saved (`leaf eval`)"
             )
         self.trainer = trainer
 

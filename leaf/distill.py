@@ -14,6 +14,7 @@ import pyarrow as pa
 import torch
 from transformers import PrinterCallback, Trainer, TrainerCallback
 
+from .banner import Banner
 from .config import RunConfig, did_you_mean
 from .pack import build_groups
 from .run import Produced, Run, Ui, device_of
@@ -45,6 +46,7 @@ def distill(run: Run) -> Table:
             vocab_size=run.shared_vocabulary(),
             processing_class=run.encoder.tokenizer,
         )
+        trainer.add_callback(Banner(trainer, run.ui.show))
         _report_progress(trainer, run.ui)
         last = _last_checkpoint(checkpoints)
         if last:
