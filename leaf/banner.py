@@ -37,21 +37,24 @@ class Banner(TrainerCallback):
     def __init__(self, trainer: LeafTrainer, show: Callable[[RenderableType], Any] | None = None):
         self.trainer, self.show = trainer, show or Console(stderr=True, highlight=False).print
         self.waiting = False  # for the first step
+        self.predicted: int | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.waiting = state.is_world_process_zero
         if self.waiting:
-            self.show(banner(self.trainer))
+            memory, self.predicted = predict(self.trainer)
+            self.show(banner(self.trainer, memory))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self.waiting:
             whole = "" if args.device.type == "cuda" else " of the process, with imports and what ran before"
-            self.show(Text(f"memory after the first step: peak {_size(peak_memory(args.device))}{whole}"))
+            beside = "" if self.predicted is None else f"; predicted: {_size(self.predicted)}"
+            self.show(Text(f"memory after the first step: peak {_size(peak_memory(args.device))}{whole}{beside}"))
             self.waiting = False
 
 
-def banner(trainer: LeafTrainer) -> RenderableType:
-    """Of a trainer with training data; reads a micro-batch of them."""
+def banner(trainer: LeafTrainer, memory: str) -> RenderableType:
+    """Of a trainer with training data; reads a micro-batch of them. memory: what `predict` says."""
     groups = _micro_batch(trainer)
     facts = Table.grid(padding=(0, 2))
     facts.add_column(style="bold", no_wrap=True)
@@ -62,7 +65,7 @@ def banner(trainer: LeafTrainer) -> RenderableType:
         "objective": objective(trainer.args),
         "data": _data(trainer),
         "a step": _step(trainer, groups),
-        "memory": _memory(trainer, groups),
+        "memory": memory,
     }.items():
         facts.add_row(label, Text(value))
     chosen = next((group for group in groups if group["counterfactuals"]), groups[0])
@@ -73,7 +76,7 @@ def banner(trainer: LeafTrainer) -> RenderableType:
 
 
 def sample(group: Group, tokenizer: Any = None) -> Text:
-    """An original as text (ids without a tokenizer): [-what its first counterfactual leaves out-], and ▶ what the loss is on."""
+    """An original as text, or ids without a tokenizer: [-what a counterfactual leaves out-], and ▶ what the loss is on."""
     member = group["original"] or group["counterfactuals"][0]
     ids, start = member["input_ids"], member["response_start"]
     other = group["counterfactuals"][0]["input_ids"] if group["original"] and group["counterfactuals"] else ids
@@ -186,33 +189,38 @@ def _step(trainer: LeafTrainer, groups: Sequence[Group]) -> str:
     )
 
 
-def _memory(trainer: LeafTrainer, groups: Sequence[Group]) -> str:
-    """The prediction of `leaf estimate`, where it takes no more than about two seconds."""
+def predict(trainer: LeafTrainer) -> tuple[str, int | None]:
+    """Peak memory of a step, in words and in bytes (None: not known), by `leaf.estimate` where that takes two seconds."""
     student: Any = trainer.model
     teacher, args = trainer.teacher, trainer.args
     trained = [p for p in student.parameters() if p.requires_grad]
     if OptimizerNames(args.optim).value not in ("adamw_torch", "adamw_torch_fused"):
-        return f"not predicted: known for AdamW, not for optim={OptimizerNames(args.optim).value}"
+        return f"not predicted: known for AdamW, not for optim={OptimizerNames(args.optim).value}", None
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
-        return "not predicted: the ranks share weights or state"
-    weights, state = weight_bytes(student) + weight_bytes(teacher), 3 * sum(p.nbytes for p in trained)  # type: ignore[arg-type]
+        return "not predicted: the ranks share weights or state", None
+    weights = weight_bytes(student) + weight_bytes(teacher)  # type: ignore[arg-type]
+    state = 3 * sum(p.nbytes for p in trained)
     held = f"weights {_size(weights)}, gradients and AdamW {_size(state)}"
     layers = sum(model.config.get_text_config().num_hidden_layers for model in (student, teacher))
     plain = len(trained) == len(list(student.parameters())) and not getattr(teacher, "is_quantized", False)
     if layers > TRACED_LAYERS or not plain or student.dtype.itemsize != 4:
-        return f"{held}; activations, which come on top, are not predicted here: see `leaf estimate`"
-    packs = trainer.data_collator(groups)["packs"]  # type: ignore[arg-type]
+        return f"{held}; activations, which come on top, are not predicted here: see `leaf estimate`", None
+    packs = trainer.data_collator(_micro_batch(trainer))["packs"]  # type: ignore[arg-type]
     largest = max(packs, key=lambda pack: pack["layout"].num_tokens)
     estimator = Estimator(
         copy.deepcopy(teacher.config),
         copy.deepcopy(student.config),
-        Workload([len(groups)]),
+        Workload([1]),
         Device(args.device.type, 0, {2: 1.0, 4: 1.0}, 1.0, (1.0, 1.0)),
         teacher.dtype,
     )
-    stage = estimator.distillation(bool(args.activation_checkpointing), largest)
+    try:
+        stage = estimator.distillation(bool(args.activation_checkpointing), largest)
+    except (ValueError, RuntimeError) as error:  # of a model that transformers cannot make from its config, for one
+        return f"{held}; activations, which come on top, are not predicted: {error}", None
     work = stage.activations + stage.scratch
-    return f"{_size(weights + state + work)} of tensors predicted: {held}, activations and scratch {_size(work)}"
+    total = weights + state + work
+    return f"{_size(total)} of tensors predicted: {held}, activations and scratch {_size(work)}", total
 
 
 def _size(n: int) -> str:

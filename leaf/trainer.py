@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from leaf_kernels.integrations.transformers import NAME, check_model, register
 
+from .card import model_card
 from .metrics import Interval
 from .objective import Distillation, Head, check_head, coefficients, distillation, head_of, hidden_states, install
 from .pack import Collator, Group, GroupDataset, GroupSampler, GroupStream
@@ -271,6 +273,14 @@ class LeafTrainer(Trainer):
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         with self.interval.paused():
             super()._save_checkpoint(*args, **kwargs)
+
+    def create_model_card(self, **metadata: Any) -> None:  # type: ignore[override]
+        """Writes README.md into `output_dir`. metadata: see `transformers.Trainer.create_model_card`; `tasks`, `dataset` and
+        `dataset_args` describe evaluations and are not used."""
+        if self.is_world_process_zero():
+            known = {name: metadata.get(name) for name in ("tags", "language", "license", "model_name")}
+            known |= {"student": metadata.get("finetuned_from"), "datasets": metadata.get("dataset_tags")}
+            model_card(self, **known).save(Path(str(self.args.output_dir)) / "README.md")  # type: ignore[arg-type]
 
     # -- evaluation ------------------------------------------------------------------------------------------------------
 
