@@ -41,8 +41,9 @@ def model_card(
         tags: beside those of the method.
         metadata: fields of `huggingface_hub.ModelCardData`.
     """
-    args, model = trainer.args, trainer.model
-    base = name_of(student or model.name_or_path)  # type: ignore[union-attr]
+    args = trainer.args
+    model: Any = trainer.model
+    base = name_of(student or model.name_or_path)
     own = ["leaf", "knowledge-distillation", "arxiv:2506.07851"]
     defaults: dict[str, Any] = {
         "base_model": base or None,
@@ -65,7 +66,7 @@ def model_card(
     }
     taught = name_of(teacher or trainer.teacher.name_or_path) or type(trainer.teacher).__name__
     body = [
-        f"# {metadata.get('model_name') or Path(args.output_dir).name}",
+        f"# {metadata.get('model_name') or Path(str(args.output_dir)).name}",
         f"{f'`{base}`' if base else 'A model'} distilled from `{taught}` with LeaF, causal attention distillation "
         "([arXiv 2506.07851](https://arxiv.org/abs/2506.07851)): tokens of the prompt that the student's loss reacts to and "
         "the teacher's does not are deleted, and the student learns the teacher's distribution on the original prompts and "
