@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import difflib
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -94,7 +95,7 @@ def sample(group: Group, tokenizer: Any = None) -> Text:
         if not begun and indices[0] >= start:
             text.append("\n▶ ", STYLES["response"])
             begun = True
-        words = _decoded([ids[i] for i in indices], tokenizer)
+        words = _decoded(ids, indices[0], indices[-1] + 1, tokenizer)
         text.append(f"[-{words}-]" if kind == "deleted" else words, STYLES[kind])
     return text
 
@@ -113,11 +114,16 @@ def _alike(a: Sequence[int], b: Sequence[int]) -> int:
     return next((n for n, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
 
 
-def _decoded(ids: Sequence[int], tokenizer: Any) -> str:
-    if len(ids) > SHOWN:
-        ends = (_decoded(ids[: SHOWN // 2], tokenizer), _decoded(ids[-SHOWN // 2 :], tokenizer))
-        return f" … {len(ids) - SHOWN} tokens … ".join(ends)
-    return " ".join(map(str, ids)) if tokenizer is None else str(tokenizer.decode(ids))
+def _decoded(ids: Sequence[int], start: int, end: int, tokenizer: Any) -> str:
+    """The text of a part of `ids`; of a long one its ends."""
+    if end - start > SHOWN:
+        first, last = start + SHOWN // 2, end - SHOWN // 2
+        ends = (_decoded(ids, start, first, tokenizer), _decoded(ids, last, end, tokenizer))
+        return f" … {last - first} tokens … ".join(ends)
+    if tokenizer is None:
+        return " ".join(map(str, ids[start:end]))
+    # Not the part alone: many tokenizers leave out a space in front of what they decode.
+    return str(tokenizer.decode(ids[:end]))[len(tokenizer.decode(ids[:start])) :]
 
 
 # -- the facts ---------------------------------------------------------------------------------------------------------
@@ -173,19 +179,18 @@ def _micro_batch(trainer: LeafTrainer) -> list[Group]:
 
 
 def _step(trainer: LeafTrainer, groups: Sequence[Group]) -> str:
+    """What the first step holds, in proportion to a micro-batch."""
     args = trainer.args
-    batches = args.gradient_accumulation_steps * args.world_size
+    data: Any = trainer.train_dataset
+    of = (args.per_device_train_batch_size, args.gradient_accumulation_steps, args.world_size)
+    whole = min(math.prod(of), len(data) if hasattr(data, "__len__") else math.prod(of))
     packs = trainer.data_collator(groups)["packs"]  # type: ignore[arg-type]
     packed = sum(pack["layout"].num_tokens for pack in packs)
     single = sum(len(ids) for group in groups for ids in sequences(group))
-    of = (
-        f" ({len(groups)} × {args.gradient_accumulation_steps} accumulated × {args.world_size} ranks)"
-        if batches > 1
-        else ""
-    )
+    cut = "" if of[1:] == (1, 1) else " ({} × {} accumulated × {} ranks)".format(*of)
     return (
-        f"{len(groups) * batches} groups{of}, about {packed * batches:,} tokens ({1 - packed / single:.0%} saved by shared "
-        f"prefixes); packs of up to {args.max_tokens:,}, about {len(packs) * batches}"
+        f"{whole} groups{cut}, about {packed * whole // len(groups):,} tokens ({1 - packed / single:.0%} saved by shared "
+        f"prefixes); packs of up to {args.max_tokens:,}, about {math.ceil(len(packs) * whole / len(groups))}"
     )
 
 

@@ -5,14 +5,14 @@ Both ask the student itself, between two steps, and give it back as it was. Rows
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from transformers import TrainerCallback
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from .data import Encoder, Row
+from .data import Encoder, Row, Skip
 from .evaluate import ScoreRow, attention_to_flagged, summary
 from .generate import asker
 from .graders import Grader
@@ -65,7 +65,7 @@ class GradedEvaluation(_OfStudent):
     def __init__(
         self,
         trainer: LeafTrainer,
-        rows: Sequence[Row],
+        rows: Iterable[Row | Skip],
         encoder: Encoder,
         *,
         grader: str | Grader = "math",
@@ -76,7 +76,8 @@ class GradedEvaluation(_OfStudent):
         super().__init__(trainer)
         if every is not None and every < 1:
             raise ValueError(f"GradedEvaluation: every must be a positive number of steps, or None, got {every}")
-        self.rows, self.encoder, self.grader, self.every = rows, encoder, grader, every
+        self.rows = [row for row in rows if isinstance(row, Row)]
+        self.encoder, self.grader, self.every = encoder, grader, every
         self.options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "max_tokens": max_tokens}
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:

@@ -11,7 +11,7 @@ from test_trainer import arguments
 
 from leaf.attention import Marked, attention_to_marked
 from leaf.callbacks import AttentionToFlagged, GradedEvaluation
-from leaf.data import Encoder, Row, read_rows
+from leaf.data import Encoder, Row, Skip, read_rows
 from leaf.evaluate import attention_to_flagged
 from leaf.prune import PruneConfig
 from leaf.trainer import LeafTrainer
@@ -32,7 +32,7 @@ def rows() -> list[Row]:
         (row,) = read_rows([plain[n]])
         plain[n]["answer"] = greedy(encoder, row)
     unchecked = {"prompt": "Eva?", "completion": "9", "answer": None}
-    return [row for row in read_rows([*plain, unchecked]) if isinstance(row, Row)]
+    return list(read_rows([*plain, unchecked]))
 
 
 @torch.no_grad()
@@ -69,7 +69,13 @@ def make_trainer(output: Any, **overrides: Any) -> LeafTrainer:
 
 def graded(trainer: LeafTrainer, **options: Any) -> GradedEvaluation:
     return GradedEvaluation(
-        trainer, rows(), Encoder(tiny.tokenizer()), grader=same, max_new_tokens=NEW, max_tokens=60, **options
+        trainer,
+        [Skip("s", "too_long", ""), *rows()],
+        Encoder(tiny.tokenizer()),
+        grader=same,
+        max_new_tokens=NEW,
+        max_tokens=60,
+        **options,
     )
 
 
