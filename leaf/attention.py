@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from leaf_kernels import SharedPrefixLayout
 from leaf_kernels.integrations.transformers import NAME, MassRecorder, check_model, packed_inputs, register
 
+from .generate import evaluating
 from .sensitivity import batches
 
 
@@ -32,10 +33,10 @@ def attention_to_marked(model: PreTrainedModel, items: Sequence[Marked], *, max_
     check_model(model)
     before = model.config._attn_implementation
     model.set_attn_implementation(NAME)
-    model.eval()
     try:
-        for batch in batches(items, max_tokens):
-            yield from _shares(model, batch)
+        with evaluating(model):
+            for batch in batches(items, max_tokens):
+                yield from _shares(model, batch)
     finally:
         model.set_attn_implementation(before)
 

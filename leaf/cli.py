@@ -17,6 +17,8 @@ from .arguments import add_arguments, from_arguments
 from .config import STAGES, did_you_mean
 
 if TYPE_CHECKING:
+    from rich.console import RenderableType
+
     from .run import Run
 
 T = TypeVar("T")
@@ -45,6 +47,9 @@ class Terminal:
 
     def say(self, message: str) -> None:
         self.console.print(message, markup=False, soft_wrap=True)
+
+    def show(self, renderable: RenderableType) -> None:
+        self.console.print(renderable)
 
     def track(
         self, items: Iterable[T], total: int, description: str, tokens: Sequence[int] | None = None

@@ -14,6 +14,8 @@ import pyarrow as pa
 import torch
 from transformers import PrinterCallback, Trainer, TrainerCallback
 
+from .banner import Banner
+from .card import run_card
 from .config import RunConfig, did_you_mean
 from .pack import build_groups
 from .run import Produced, Run, Ui, device_of
@@ -28,8 +30,8 @@ TRAINING_LOG = pa.schema([("step", pa.int64()), ("entry", pa.string())])
 def distill(run: Run) -> Table:
     """Trains the student; the model goes to `model/`, the log of the training into the table."""
     scores, counterfactuals = open_table(run.folder / "score"), open_table(run.folder / "verify")
-    tables = {"scores": scores.fingerprint, "counterfactuals": counterfactuals.fingerprint}
-    key = run.key("distill", **tables, **run.models())
+    inputs = {"scores": scores.fingerprint, "counterfactuals": counterfactuals.fingerprint}
+    key = run.key("distill", **inputs, **run.models())
     # Named by what goes in: a checkpoint of other inputs must never be resumed from.
     checkpoints = run.folder / "checkpoints" / digest(key)
     arguments = training_arguments(run.config, checkpoints)
@@ -45,6 +47,7 @@ def distill(run: Run) -> Table:
             vocab_size=run.shared_vocabulary(),
             processing_class=run.encoder.tokenizer,
         )
+        trainer.add_callback(Banner(trainer, run.ui.show))
         _report_progress(trainer, run.ui)
         last = _last_checkpoint(checkpoints)
         if last:
@@ -55,6 +58,8 @@ def distill(run: Run) -> Table:
         unfinished = run.folder / "model.tmp"
         trainer.save_model(str(unfinished))  # every rank: a sharded model is gathered from all
         if run.is_writer:
+            named = {role: run.name(role) for role in ("student", "teacher")}
+            run_card(trainer, unfinished, scores=scores, counterfactuals=counterfactuals, data=run.config.data, **named)
             shutil.rmtree(run.folder / "model", ignore_errors=True)
             unfinished.rename(run.folder / "model")
         log = trainer.state.log_history

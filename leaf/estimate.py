@@ -28,7 +28,7 @@ from .data import Sample, Skip
 from .devices import GIB, USABLE, Device, device_named
 from .loading import without_attention_dropout
 from .objective import distillation, head_of, hidden_states
-from .pack import Collator, Group
+from .pack import Collator, Group, Pack
 from .sensitivity import Scorer, batches
 from .trace import Trace, fake_model, planned, shapes_only, weight_bytes
 from .units import Pair
@@ -186,13 +186,16 @@ class Estimator:
         name = f"score, {role}{', checkpoints' if checkpoints else ''}"
         return Stage(name, weights, trace.peak - trace.scratch, trace.scratch, (low, high))
 
-    def distillation(self, checkpointing: bool) -> Stage:
-        """A pack of originals, each with a counterfactual that shares half of it; gradients and AdamW exist already."""
+    def distillation(self, checkpointing: bool, pack: Pack | None = None) -> Stage:
+        """A step with one pack; gradients and AdamW exist already.
+
+        pack: default: of originals, each with a counterfactual that shares half of it.
+        """
         length = max(max(self.workload.lengths), 4)
         count = max(1, self.max_tokens // (length + length // 2))
         vocab = min(config.get_text_config().vocab_size for config in self.configs.values())
-        groups = counterfactual_groups(length, vocab, count)
-        pack: Any = Collator(10**12)(groups)["packs"][0]  # type: ignore[arg-type]
+        if pack is None:
+            pack = Collator(10**12)(counterfactual_groups(length, vocab, count))["packs"][0]
         planned(pack["layout"])
         inputs = {name: pack[name] for name in ("input_ids", "position_ids", "layout")}
         autocast = functools.partial(torch.autocast, "cpu", torch.bfloat16, enabled=self.device.is_gpu)

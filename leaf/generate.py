@@ -154,18 +154,27 @@ def _batch(model: PreTrainedModel, prompts: Sequence[Ids], settings: GenerationC
 def _generating(model: PreTrainedModel, settings: GenerationConfig) -> Iterator[None]:
     """Eval mode, a kernel that can use a KV cache, and none of the model's own sampling settings (`generate` would fill
     what `settings` leaves open from them: a repetition penalty, for one)."""
-    modes = [(module, module.training) for module in model.modules()]
     own, attention = model.generation_config, model.config._attn_implementation
-    model.eval()
     model.generation_config = settings
     if attention == "leaf":
         model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")
     try:
-        yield
+        with evaluating(model):
+            yield
     finally:
         if attention == "leaf":
             model.set_attn_implementation(attention)
         model.generation_config = own
+
+
+@contextlib.contextmanager
+def evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """Eval mode; every module then has the mode that it had."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
         for module, mode in modes:
             module.training = mode
 

@@ -105,6 +105,8 @@ class Collator:
       cross-entropy: members that share a row have different labels there.
     - what `answers` knows of the teacher at `rows` [M, ...].
 
+    And two numbers for the log: `deleted` tokens of `deletable` ones, see `deletions`.
+
     `concat` counts every response token once (u = 1), as the authors' released code does; otherwise
     u = 1 / (counterfactuals of that group in the step).
     """
@@ -165,6 +167,7 @@ class Collator:
             "label_is_original": is_original,
             "label_weight": weight,
             **self._answers([member for member, *_ in members], of_row, len(unique)),
+            **deletions(groups),
         }
 
     def _answers(self, members: Sequence[dict[str, Any]], of_row: torch.Tensor, rows: int) -> dict[str, torch.Tensor]:
@@ -176,6 +179,14 @@ class Collator:
         first = torch.empty(rows, dtype=torch.int64)
         first.scatter_reduce_(0, of_row, torch.arange(len(of_row)), "amin", include_self=False)
         return {name: torch.cat([each[name] for each in known])[first] for name in known[0]}
+
+
+def deletions(groups: Iterable[Group]) -> dict[str, int]:
+    """Over the counterfactuals of groups that have an original: `deleted`, by how many tokens they are shorter than it, and
+    `deletable`, how many stood before their targets (of the prompt, and of the response up to the cut)."""
+    pairs = [(len(g["original"]["input_ids"]), c) for g in groups if g["original"] for c in g["counterfactuals"]]
+    deleted = sum(whole - len(c["input_ids"]) for whole, c in pairs)
+    return {"deleted": deleted, "deletable": deleted + sum(c["response_start"] for _, c in pairs)}
 
 
 def choose(group: Group, index: int, epoch: int, seed: int, count: int | str) -> Group:

@@ -27,6 +27,8 @@ from .loading import check_loading, load_model, most
 from .tables import Table, current_table, digest, model_key, open_table, wait_until, write_table
 
 if TYPE_CHECKING:
+    from rich.console import RenderableType
+
     from .prune import PruneConfig
 
 logger = logging.getLogger(__name__)
@@ -38,6 +40,10 @@ class Ui(Protocol):
     """What a run tells its user."""
 
     def say(self, message: str) -> None: ...
+
+    def show(self, renderable: RenderableType) -> None:
+        """What is laid out by rich."""
+        ...
 
     def track(
         self, items: Iterable[T], total: int, description: str, tokens: Sequence[int] | None = None
@@ -51,6 +57,8 @@ class Silent:
 
     def say(self, message: str) -> None:
         logger.info(message)
+
+    def show(self, renderable: RenderableType) -> None: ...
 
     def track(
         self, items: Iterable[T], total: int, description: str, tokens: Sequence[int] | None = None

@@ -16,6 +16,7 @@ import torch
 
 from . import __version__
 from . import export as formats
+from .card import add_evaluation
 from .data import Row, Sample, Skip
 from .distill import distill
 from .evaluate import attention_to_flagged, summary
@@ -281,6 +282,8 @@ def evaluate(run: Run) -> Table:
             f"{name} {'none' if row[name] is None else format(row[name], '.3f')}" for name in EVALUATION.names[1:3]
         ]
         run.ui.say(f"eval: {row['model']}: {', '.join(shown)} ({row['checked']} rows checked)")
+    if run.is_writer:
+        add_evaluation(after / "README.md", table, str(run.config.eval_data or run.config.data))
     return table
 
 

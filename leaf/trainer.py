@@ -6,6 +6,7 @@ import contextlib
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +18,9 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from leaf_kernels.integrations.transformers import NAME, check_model, register
 
+from .card import model_card
 from .checks import check_cache, check_engine, refuse_attention_dropout, refuse_without_values, settle
+from .metrics import Interval
 from .objective import Distillation, Head, check_head, coefficients, distillation, head_of, hidden_states, install
 from .pack import Collator, Group, GroupDataset, GroupSampler, GroupStream
 from .teacher import TeacherCache
@@ -138,6 +141,8 @@ class LeafTrainer(Trainer):
             eval_dataset=eval_dataset,  # type: ignore[arg-type]
             **kwargs,
         )
+        self.interval = Interval(self.accelerator)
+        self.add_callback(self.interval)
         check_engine(self)
         check_head(student)
         self.teacher: PreTrainedModel | None = None if cached else settle(teacher, args.device)
@@ -147,8 +152,11 @@ class LeafTrainer(Trainer):
         self.teacher_head = head and Head(
             *(t.to(args.device, dtype) if isinstance(t, torch.Tensor) else t for t in head)  # type: ignore[arg-type]
         )
-        sizes = [head_of(student).weight.shape[0], teacher.vocab_size if head is None else len(head.weight)]
-        self.vocab_size = vocab_size if vocab_size is not None or sizes[0] == sizes[1] else min(sizes)
+        self.answers = teacher if cached else None
+        # Columns of the student's and the teacher's head
+        self.head_sizes = len(head_of(student).weight), teacher.vocab_size if head is None else len(head.weight)
+        same = self.head_sizes[0] == self.head_sizes[1]
+        self.vocab_size = vocab_size if vocab_size is not None or same else min(self.head_sizes)
         if student.dtype in (torch.bfloat16, torch.float16) and any(p.requires_grad for p in student.parameters()):
             logger.warning(
                 "the student's trained weights are %s: at small learning rates most updates round to nothing; load it with "
@@ -254,6 +262,7 @@ class LeafTrainer(Trainer):
                 f"the loss is {result.loss.item()} at step {self.state.global_step}; nothing was updated with it. Lower the "
                 "learning rate, check the data of this step, or train with bf16=True instead of fp16"
             )
+        self.interval.add(inputs, result)
         self._pack_loss = result.loss.detach().float() * self.args.world_size
         loss = loss * self.args.world_size
         return (loss, result) if return_outputs else loss
@@ -292,6 +301,30 @@ class LeafTrainer(Trainer):
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         return sum(super(LeafTrainer, self).floating_point_ops(pack) for pack in inputs["packs"])
+
+    # -- log -------------------------------------------------------------------------------------------------------------
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """A log of the training loss also has what `leaf.metrics` says of the interval."""
+        if "loss" in logs:
+            logs |= self.interval.close()
+        super().log(logs, start_time)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        with self.interval.paused():
+            return super().evaluate(*args, **kwargs)
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        with self.interval.paused():
+            super()._save_checkpoint(*args, **kwargs)
+
+    def create_model_card(self, **metadata: Any) -> None:  # type: ignore[override]
+        """Writes README.md into `output_dir`. metadata: see `transformers.Trainer.create_model_card`; `tasks`, `dataset` and
+        `dataset_args` describe evaluations and are not used."""
+        if self.is_world_process_zero():
+            known = {name: metadata.get(name) for name in ("tags", "language", "license", "model_name")}
+            known |= {"student": metadata.get("finetuned_from"), "datasets": metadata.get("dataset_tags")}
+            model_card(self, **known).save(Path(str(self.args.output_dir)) / "README.md")  # type: ignore[arg-type]
 
     # -- evaluation ------------------------------------------------------------------------------------------------------
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
 import pathlib
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, TypeVar
+
+from rich.console import Console, RenderableType
 
 T = TypeVar("T")
 
@@ -28,10 +31,15 @@ def write_rows(path: pathlib.Path, rows: Sequence[dict[str, Any]]) -> str:
 
 
 class Said(list[str]):
-    """A `leaf.run.Ui` that remembers the messages."""
+    """A `leaf.run.Ui` that remembers the messages, and what is shown as a log file has it."""
 
     def say(self, message: str) -> None:
         self.append(message)
+
+    def show(self, renderable: RenderableType) -> None:
+        console = Console(file=io.StringIO(), width=80)
+        console.print(renderable)
+        self.append(console.file.getvalue())
 
     def track(self, items: Iterable[T], total: int, description: str, tokens: object = None) -> Iterator[T]:
         return iter(items)

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from huggingface_hub import ModelCard
 from small import Said, word_problems, write_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -49,6 +50,10 @@ def test_every_stage_has_output(tmp_path: pathlib.Path, pair: dict[str, str]) ->
     assert before.state_dict().keys() == after.state_dict().keys()
     assert not torch.equal(before.lm_head.weight, after.lm_head.weight)
     assert open_table(output / "distill").counts == {"groups": 6, "steps": 2}
+    assert any("sample p0: [-deleted-] in its first counterfactual" in message for message in said)
+    card = ModelCard.load(output / "model" / "README.md")
+    assert (card.data.base_model, card.data.eval_results[0].metric_type) == ("student", "accuracy")
+    assert (output / "model" / "pruned_sample.png").stat().st_size > 0
     assert [row["model"] for row in open_table(output / "eval")] == ["before", "after"]
     scores = open_table(output / "score").rows()
     assert [(row["id"], row["level"]) for row in scores[:2]] == [("p0", "instruction"), ("p0", "response")]

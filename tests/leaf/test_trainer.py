@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -45,6 +48,8 @@ def test_stream_equals_sequence(whole_steps, tmp_path):
 
 
 def _on_two_ranks(output: str) -> dict[str, Any]:
+    from test_callbacks import accuracy_of_this_rank  # which imports from here
+
     torch.set_num_threads(1)
     cases = {
         "batch": train(output, per_device_train_batch_size=2),
@@ -60,7 +65,17 @@ def _on_two_ranks(output: str) -> dict[str, Any]:
     )
     trained.train()
     weights = {name: p.detach().clone() for name, p in trained.model.named_parameters()}
-    return {"cases": cases, "evaluate": trainer.evaluate(), "weights": weights}
+    (log,) = interval_logs(output, per_device_train_batch_size=2, logging_steps=2)
+    measured = {"evaluate": trainer.evaluate(), "accuracy": accuracy_of_this_rank(output)}
+    return {"cases": cases, "weights": weights, "log": log, **measured}
+
+
+def interval_logs(output: str, **overrides: Any) -> list[dict[str, float]]:
+    """What is logged beside the loss; the clock ticks when it is looked at."""
+    trainer = LeafTrainer(model(0), model(1, hidden=32), arguments(output, **overrides), groups())
+    with mock.patch("leaf.metrics.time", SimpleNamespace(perf_counter=itertools.count().__next__)):
+        trainer.train()
+    return [entry for entry in trainer.state.log_history if "loss" in entry]
 
 
 def test_ranks_change_nothing(whole_steps, tmp_path):
@@ -72,6 +87,10 @@ def test_ranks_change_nothing(whole_steps, tmp_path):
             assert_same((case[0] or whole_steps[0], case[1]), whole_steps)
         for name in ("eval_loss", "eval_kl_original", "eval_kl_counterfactual"):
             assert result["evaluate"][name] == pytest.approx(alone[name], rel=1e-6)
+        assert result["accuracy"] == 0.75
+    (log,) = interval_logs(str(tmp_path), logging_steps=2)
+    for name in ("kl/original", "kl/counterfactual", "pruned_fraction", "tokens_per_second"):
+        assert first["log"][name] == second["log"][name] == pytest.approx(log[name], rel=1e-6), name
     for name, weight in first["weights"].items():
         assert torch.equal(weight, second["weights"][name]), f"{name} differs between the ranks"
     assert not torch.equal(first["weights"]["lm_head.weight"], model(0).lm_head.weight), "the head was not trained"
