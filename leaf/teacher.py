@@ -1,8 +1,8 @@
 """`TeacherCache`: what a teacher says of each response, read from disk where the teacher does not fit beside the student.
 
-A folder is a table (`leaf.tables`) with a row for each sequence, which says where its rows lie in one of the safetensors files
-beside it, and their checksum. A sequence is found by the hash of its token ids: in whatever order, pack or run it comes.
-`leaf.teacher_build` writes it.
+A folder is a table (`leaf.tables`) with a row for each sequence, which says where its rows lie in one of the safetensors
+files beside it, and their checksum. A sequence is found by the hash of its token ids, in whatever order, pack or run it
+comes. `leaf.teacher_build` writes it.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def checksum(tensors: Tensors) -> int:
 class TeacherCache:
     """What a teacher says of each response, from a folder that `leaf cache` wrote; the `teacher` of a `LeafTrainer`.
 
-    Only reads. Files are mapped into memory when they are first needed, in each process by itself, and every entry is checked
+    Only reads. Files are mapped into memory when they are first needed, in each process by itself, and every entry is held
     against its checksum whenever it is read. Threads can share it; pickled, it opens its files again.
 
     Attributes:
@@ -90,7 +90,7 @@ class TeacherCache:
         table = open_table(folder)
         self.folder, self.key = table.path, table.manifest["key"]
         if "kind" not in self.key:
-            raise ValueError(f"{folder} is a table of another stage, not a teacher cache: give the folder `cache` of a run")
+            raise ValueError(f"{folder} is the table of another stage, not a teacher cache: give the folder `cache`")
         self.kind: str = self.key["kind"]
         self.temperature: float | None = self.key.get("temperature")
         self._entries = dict(entries(table.arrow()))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import pathlib
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import pyarrow as pa
@@ -24,7 +24,7 @@ from .generate import free_memory, is_out_of_memory
 from .objective import Head, check_head, head_of, hidden_states
 from .pack import Group, build_groups
 from .run import Produced, Run
-from .tables import SHARDS, Table, digest, model_key, open_table, write_bytes
+from .tables import SHARDS, Table, current_table, digest, model_key, open_table, write_bytes
 from .teacher import HEAD, INDEX, Entry, Tensors, checksum, entries, rows_of, sequence_key
 
 FILE_BYTES = 2**28  # of a file: what is held in memory before it is written
@@ -65,7 +65,7 @@ class Unit(NamedTuple):
 
 
 def cache(run: Run) -> Table | None:
-    """The stage: what the teacher says of everything that `distill` will train on. Nothing to do for a teacher that is there."""
+    """The stage: what the teacher says of all that `distill` trains on. Nothing, where the teacher itself is there."""
     if run.config.teacher_mode not in CACHED:
         return None
     scores, counterfactuals = open_table(run.folder / "score"), open_table(run.folder / "verify")
@@ -80,27 +80,27 @@ def build_cache(run: Run, groups: Sequence[Group]) -> Table:
     work. The cache before is kept until this one is finished.
 
     Raises:
-        ValueError: the disk has no room for it, teacher and student have different tokenizers, or K is larger than what their
-            vocabularies share.
+        ValueError: the disk has no room for it, there are no groups, teacher and student have different tokenizers, or K is
+            larger than what their vocabularies share.
         OSError: the disk was full after all; what is written stays.
     """
     config, folder, name = run.config, run.folder / "cache", run.name("teacher")
     members = distinct(groups)
-    shared = run.shared_vocabulary()
+    if not members:
+        raise ValueError(
+            "there is nothing to train on, so nothing to cache: give --originals all, or verify less strictly"
+        )
     sequences = sorted((m.key.hex(), m.response_start) for group in members for m in group)
-    key = {"teacher": model_key(name), "dtype": run.dtype, "quantization": run.quantization(name)}
-    key = {"leaf": __version__, **key, "sequences": digest(sequences), "kind": CACHED[config.teacher_mode]}
-    if key["kind"] == "topk":
-        if config.cache_topk > shared:
-            raise ValueError(f"cache_topk must be at most {shared}, the vocabulary that both models share, got {config.cache_topk}")
-        key |= {"k": config.cache_topk, "temperature": config.temperature, "vocab_size": shared}
-    width = bytes_per_row(run)[key["kind"]]
-    units = units_of(members, config.max_tokens, width, digest(key))
+    key = {"leaf": __version__, **teacher_key(run), "sequences": digest(sequences)}
+    units = units_of(members, config.max_tokens, bytes_per_row(run)[key["kind"]], digest(key))
     if key["kind"] == "hidden":
-        units = [Unit(f"head-{digest(key)}.safetensors", [], _head_bytes(run)), *units]
+        units = [Unit(f"{digest(key)}-head.safetensors", [], _head_bytes(run)), *units]
     folder.mkdir(parents=True, exist_ok=True)
-    _forget_damaged(run, folder, {unit.file for unit in units})
-    _check_room(run, folder, units)
+    _forget_damaged(run, folder, digest(key))
+    if run.is_writer and current_table(folder, {**key, "columns": INDEX.names}) is None:
+        _check_room(run, folder, units)
+    if run.ranks > 1:
+        run.most(0)  # until all have looked: nobody must miss what another one has removed
 
     def produce(todo: Sequence[Unit]) -> Produced:
         in_step = config.shard_teacher
@@ -136,9 +136,21 @@ def build_cache(run: Run, groups: Sequence[Group]) -> Table:
     return table
 
 
+def teacher_key(run: Run) -> dict[str, Any]:
+    """What the cache depends on, but for its sequences."""
+    config, name, shared = run.config, run.name("teacher"), run.shared_vocabulary()
+    key: dict[str, Any] = {"kind": CACHED[config.teacher_mode], "teacher": model_key(name), "dtype": run.dtype}
+    key["quantization"] = run.quantization(name)
+    if key["kind"] == "hidden":
+        return key
+    if config.cache_topk > shared:
+        raise ValueError(f"cache_topk must be at most {shared}, the vocabulary of both models, got {config.cache_topk}")
+    return key | {"k": config.cache_topk, "temperature": config.temperature, "vocab_size": shared}
+
+
 def distinct(groups: Sequence[Group]) -> list[list[Member]]:
     """The sequences of groups, each once, with the smallest response_start that it has anywhere."""
-    named = []
+    named: list[list[tuple[bytes, list[int]]]] = []
     starts: dict[bytes, int] = {}
     for group in groups:
         named.append([])
@@ -154,8 +166,13 @@ def distinct(groups: Sequence[Group]) -> list[list[Member]]:
 
 
 def units_of(members: Sequence[list[Member]], max_tokens: int, width: int, key: str) -> list[Unit]:
-    """Files of at most `FILE_BYTES`, but for larger packs, and enough of them to be dealt out; named by what they hold."""
-    packs = [[members[g] for g in pack] for pack in pack_groups([[m.input_ids for m in g] for g in members], max_tokens)]
+    """Files of at most `FILE_BYTES`, but for larger packs, and enough of them to be dealt out.
+
+    Each is named by `key` and by what it holds: a cache of another teacher beside it is not touched.
+    """
+    packs = [
+        [members[g] for g in pack] for pack in pack_groups([[m.input_ids for m in g] for g in members], max_tokens)
+    ]
     sizes = [width * sum(member.rows for group in pack for member in group) for pack in packs]
     limit = min(sum(sizes) / SHARDS, FILE_BYTES)
     cut: list[tuple[list[Pack], int]] = []
@@ -165,7 +182,8 @@ def units_of(members: Sequence[list[Member]], max_tokens: int, width: int, key: 
         else:
             cut.append(([pack], size))
     named = [Unit("", some, size) for some, size in cut]
-    return [unit._replace(file=f"rows-{digest([key, [m.key.hex() for m in unit.members]])}.safetensors") for unit in named]
+    held = (digest([member.key.hex() for member in unit.members]) for unit in named)
+    return [unit._replace(file=f"{key}-{each}.safetensors") for unit, each in zip(named, held)]
 
 
 # -- what the teacher says ---------------------------------------------------------------------------------------------
@@ -188,7 +206,7 @@ class Teacher:
     def __call__(self, pack: Pack) -> list[tuple[Member, Tensors]]:
         """What is stored of each sequence, in order. A pack that does not fit into memory is halved."""
         try:
-            return list(self._said(pack))
+            return self._said(pack)
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
@@ -199,13 +217,13 @@ class Teacher:
         if self.in_step or not halves[0] or not halves[0][0]:
             tokens = sum(len(member.input_ids) for group in pack for member in group)
             raise MemoryError(
-                f"sequences of {tokens} tokens do not fit into memory beside the teacher: give a smaller --max-tokens, a smaller "
-                "--max-length where a single row is that long, or --device-map auto"
+                f"sequences of {tokens} tokens do not fit into memory beside the teacher: give a smaller --max-tokens, a "
+                "smaller --max-length where a single row is that long, or --device-map auto"
             )
         return self(halves[0]) + self(halves[1])
 
     @torch.no_grad()
-    def _said(self, pack: Pack) -> Iterator[tuple[Member, Tensors]]:
+    def _said(self, pack: Pack) -> list[tuple[Member, Tensors]]:
         layout, input_ids = SharedPrefixLayout.from_groups([[m.input_ids for m in group] for group in pack])
         embeddings: Any = self.model.get_input_embeddings()
         near = embeddings.weight.device
@@ -225,8 +243,7 @@ class Teacher:
             stored = topk(hidden, self.head, self.key["k"], self.key["vocab_size"], self.key["temperature"])
         counts = [member.rows for member in members]
         parts = {name: tensor.split(counts) for name, tensor in stored.items()}
-        for n, member in enumerate(members):
-            yield member, {name: each[n] for name, each in parts.items()}
+        return [(member, {name: each[n] for name, each in parts.items()}) for n, member in enumerate(members)]
 
 
 def topk(hidden: torch.Tensor, head: Head, k: int, vocab_size: int, temperature: float) -> dict[str, torch.Tensor]:
@@ -279,7 +296,11 @@ def _write_rows(path: pathlib.Path, said: Sequence[tuple[Member, Tensors]]) -> W
 
 def _write_head(path: pathlib.Path, head: Head) -> Written:
     """All of it as tensors, so that the checksum covers it."""
-    tensors = {"weight": head.weight, "bias": head.bias, "logit_scale": torch.tensor([head.logit_scale], dtype=torch.float64)}
+    tensors = {
+        "weight": head.weight,
+        "bias": head.bias,
+        "logit_scale": torch.tensor([head.logit_scale], dtype=torch.float64),
+    }
     if head.softcap is not None:
         tensors["softcap"] = torch.tensor([head.softcap], dtype=torch.float64)
     stored = {name: t.detach().cpu().contiguous() for name, t in tensors.items() if t is not None}
@@ -288,11 +309,8 @@ def _write_head(path: pathlib.Path, head: Head) -> Written:
     return [{"sequence": HEAD, "file": path.name, **place, "crc32": checksum(stored)}], {}
 
 
-def _forget_damaged(run: Run, folder: pathlib.Path, files: set[str]) -> None:
-    """Removes the index of what is no longer as it was written, so that the table computes it again.
-
-    Every rank looks at its share, and none goes on before all have looked: then nobody misses what another has removed.
-    """
+def _forget_damaged(run: Run, folder: pathlib.Path, key: str) -> None:
+    """Removes the index of what is no longer as it was written, so that the table computes it again. Ranks share the work."""
     shards = sorted(folder.glob("part-*.parquet"))
     mine = [shard for shard in shards if int(shard.name.split("-")[1]) % run.ranks == run.rank]
     for shard in run.ui.track(mine, len(mine), "cache: checking") if mine else ():
@@ -300,13 +318,13 @@ def _forget_damaged(run: Run, folder: pathlib.Path, files: set[str]) -> None:
             index = dict(entries(pq.read_table(shard, page_checksum_verification=True)))
         except (OSError, pa.ArrowException):  # `write_table` sees this by itself
             continue
-        for name in {entry.file for entry in index.values()} & files:
-            if not _is_good(folder / name, [entry for entry in index.values() if entry.file == name]):
+        for name in {entry.file for entry in index.values()}:
+            if name.startswith(key) and not _is_good(
+                folder / name, [entry for entry in index.values() if entry.file == name]
+            ):
                 run.ui.say(f"cache: {name} is damaged or missing, computed again")
                 shard.unlink(missing_ok=True)
                 (folder / name).unlink(missing_ok=True)
-    if run.ranks > 1:
-        run.most(0)
 
 
 def _is_good(path: pathlib.Path, index: Sequence[Entry]) -> bool:
@@ -352,7 +370,7 @@ def _smaller(run: Run, units: Sequence[Unit]) -> str:
         return f"a smaller --cache-topk than {run.config.cache_topk}"
     rows = sum(member.rows for unit in units for member in unit.members)
     k = run.config.cache_topk
-    return f"`--teacher-mode cached_topk --cache-topk {k}` ({_size(rows * bytes_per_row(run)['topk'])})"
+    return f"--teacher-mode cached_topk --cache-topk {k} ({_size(rows * bytes_per_row(run)['topk'])})"
 
 
 def _covered(table: Table, key: Mapping[str, Any]) -> str:
@@ -360,8 +378,8 @@ def _covered(table: Table, key: Mapping[str, Any]) -> str:
     mean = sum(row["rows"] * row["covered_mean"] for row in index) / sum(row["rows"] for row in index)
     least = min(row["covered_min"] for row in index)
     return (
-        f"cache: the {key['k']} most probable of {key['vocab_size']} tokens hold {mean:.4f} of the teacher's probability on "
-        f"average, {least:.4f} where they hold least"
+        f"cache: the {key['k']} most probable of {key['vocab_size']} tokens hold {mean:.4f} of the teacher's probability "
+        f"on average, {least:.4f} where they hold least"
     )
 
 
