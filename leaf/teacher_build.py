@@ -310,7 +310,7 @@ def _write_head(path: pathlib.Path, head: Head) -> Written:
 
 
 def _forget_damaged(run: Run, folder: pathlib.Path, key: str) -> None:
-    """Removes the index of what is no longer as it was written, so that the table computes it again. Ranks share the work."""
+    """Removes the index of what is no longer as it was written: the table computes it again. Ranks share the looking."""
     shards = sorted(folder.glob("part-*.parquet"))
     mine = [shard for shard in shards if int(shard.name.split("-")[1]) % run.ranks == run.rank]
     for shard in run.ui.track(mine, len(mine), "cache: checking") if mine else ():
@@ -378,8 +378,8 @@ def _covered(table: Table, key: Mapping[str, Any]) -> str:
     mean = sum(row["rows"] * row["covered_mean"] for row in index) / sum(row["rows"] for row in index)
     least = min(row["covered_min"] for row in index)
     return (
-        f"cache: the {key['k']} most probable of {key['vocab_size']} tokens hold {mean:.4f} of the teacher's probability "
-        f"on average, {least:.4f} where they hold least"
+        f"cache: the {key['k']} most probable of {key['vocab_size']} tokens hold {mean:.4f} of the teacher's "
+        f"probability on average, {least:.4f} where they hold least"
     )
 
 
