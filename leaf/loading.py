@@ -30,8 +30,8 @@ def check_loading(config: RunConfig, stages: Sequence[str], ranks: int) -> list[
     cached = config.teacher_mode in CACHED
     if list(stages) == ["cache"] and not cached:
         raise ValueError(
-            f"--teacher-mode {config.teacher_mode} has the teacher beside the student and needs no cache: give `leaf cache` "
-            "--teacher-mode cached_hidden or cached_topk"
+            f"--teacher-mode {config.teacher_mode} has the teacher beside the student and needs no cache: give `leaf cache "
+            "--teacher-mode cached_hidden` or `cached_topk`, and distil with the same"
         )
     asked = set(stages) if cached else set(stages) - {"cache"}
     if config.device_map and ranks > 1 and {"select", "score", "verify", "cache", "eval"} & asked:
