@@ -92,10 +92,10 @@ class RunConfig:
         "replicate",
         "how distill gets the teacher: whole on each GPU, sharded over the ranks, spread over the GPUs of one process, or "
         "from disk (its last hidden states, or its most probable tokens)",
-        "cache distill estimate",
+        "cache distill",
         key=False,
     )
-    cache_topk: int = _option(64, "tokens that cached_topk keeps of each distribution", "cache estimate", key=False)
+    cache_topk: int = _option(64, "tokens that cached_topk keeps of each distribution", "cache", key=False)
     seed: int = _option(0, "seed of controls, sampling order and training", "prune distill")
 
     limit: int | None = _option(None, "read only so many rows", _ROWS)

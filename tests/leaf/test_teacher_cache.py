@@ -9,12 +9,14 @@ import pickle
 import re
 import shutil
 import signal
+import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import pytest
 import tiny
 import torch
+from accelerate import dispatch_model
 from distributed import on_ranks
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM
@@ -24,7 +26,7 @@ from leaf.config import RunConfig
 from leaf.run import Run
 from leaf.tables import open_table
 from leaf.teacher import NotCached, TeacherCache
-from leaf.teacher_build import build_cache, distinct, topk
+from leaf.teacher_build import Teacher, build_cache, distinct, topk
 
 T = TypeVar("T")
 K, TEMPERATURE = 5, 2.0
@@ -254,6 +256,21 @@ def test_a_pack_that_does_not_fit_is_halved(
     most = 7  # the shortest has 8
     with pytest.raises(MemoryError, match=r"sequences of 8 tokens do not fit .* smaller --max-tokens"):
         build(pair, tmp_path / "c")
+
+
+def test_a_teacher_with_accelerates_hooks(pair: pathlib.Path) -> None:
+    """As `--device-map` leaves it; layers can be offloaded."""
+    pack = distinct(groups())[:4]
+    where = {"model.embed_tokens": "cpu", "model.layers": "disk", "model.norm": "cpu", "model.rotary_emb": "cpu"}
+    loaded = [AutoModelForCausalLM.from_pretrained(pair / "teacher") for _ in range(2)]
+    with tempfile.TemporaryDirectory() as folder:
+        hooked = dispatch_model(loaded[0], {**where, "lm_head": "cpu"}, offload_dir=folder, force_hooks=True)
+        assert hooked.model.layers[0].mlp.up_proj.weight.is_meta
+        for key in ({"kind": "hidden"}, {"kind": "topk", "k": 3, "vocab_size": 300, "temperature": 1.0}):
+            said, expected = (Teacher(model, {"dtype": "float32", **key})(pack) for model in (hooked, loaded[1]))
+            for (member, one), (_, other) in zip(said, expected, strict=True):
+                assert len(next(iter(one.values()))) == member.rows
+                torch.testing.assert_close(one, other)
 
 
 def test_hidden_states_that_are_not_finite_are_refused(tmp_path: pathlib.Path, pair: pathlib.Path) -> None:
