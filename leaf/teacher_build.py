@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import errno
 import pathlib
 import shutil
@@ -314,14 +315,14 @@ def _forget_damaged(run: Run, folder: pathlib.Path, key: str) -> None:
     shards = sorted(folder.glob("part-*.parquet"))
     mine = [shard for shard in shards if int(shard.name.split("-")[1]) % run.ranks == run.rank]
     for shard in run.ui.track(mine, len(mine), "cache: checking") if mine else ():
+        files = collections.defaultdict(list)
         try:
-            index = dict(entries(pq.read_table(shard, page_checksum_verification=True)))
+            for _, entry in entries(pq.read_table(shard, page_checksum_verification=True)):
+                files[entry.file].append(entry)
         except (OSError, pa.ArrowException):  # `write_table` sees this by itself
             continue
-        for name in {entry.file for entry in index.values()}:
-            if name.startswith(key) and not _is_good(
-                folder / name, [entry for entry in index.values() if entry.file == name]
-            ):
+        for name, index in files.items():
+            if name.startswith(key) and not _is_good(folder / name, index):
                 run.ui.say(f"cache: {name} is damaged or missing, computed again")
                 shard.unlink(missing_ok=True)
                 (folder / name).unlink(missing_ok=True)
@@ -359,8 +360,8 @@ def _check_room(run: Run, folder: pathlib.Path, units: Sequence[Unit]) -> None:
     run.ui.say(f"cache: {counts}, {_size(total)} of {what} to {folder}{rest} ({_size(free)} free)")
     if missing + missing // 100 + MARGIN > free:
         raise ValueError(
-            f"the teacher cache needs {_size(missing)} in {folder}, where {_size(free)} are free: make room, give an --output "
-            f"on a larger disk, or {_smaller(run, units)}"
+            f"the teacher cache needs {_size(missing)} in {folder}, where {_size(free)} are free: make room, give an "
+            f"--output on a larger disk, or {_smaller(run, units)}"
         )
 
 
