@@ -513,7 +513,7 @@ def test_two_ranks_build_one_cache_through_a_kill(
         on_ranks(on_a_rank, pair, tmp_path / "run", options, victims)
     on_disk = len(list((tmp_path / "run" / "cache").glob("part-*.parquet")))
     done = on_ranks(on_a_rank, pair, tmp_path / "run", options, ())
-    assert min(done) > 0, "both work"
+    assert all(done[rank] > 0 for rank in victims), "the other one may have been through when it was stopped"
     assert len(calls) - on_disk <= sum(done) <= len(calls), "what was in the table is not computed again"
     assert_same(TeacherCache(tmp_path / "run" / "cache"), whole)
     file = data_files(tmp_path / "run")[1]
