@@ -130,12 +130,14 @@ def _decoded(ids: Sequence[int], start: int, end: int, tokenizer: Any) -> str:
 
 def _models(trainer: LeafTrainer) -> str:
     def named(role: str, model: Any) -> str:
-        size = sum(p.numel() for p in model.parameters())
-        return f"{role} {type(model).__name__} {size / 1e6:,.1f}M {str(model.dtype).removeprefix('torch.')}"
+        size = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())  # ZeRO-3 keeps a share of each
+        name = type(model).__name__.removeprefix("FSDP")
+        return f"{role} {name} {size / 1e6:,.1f}M {str(model.dtype).removeprefix('torch.')}"
 
-    if trainer.answers is not None:
-        return f"{named('student', trainer.model)}, teacher in a cache ({trainer.answers.kind}) of {len(trainer.answers):,} sequences"
-    return f"{named('student', trainer.model)}, {named('teacher', trainer.teacher)}"
+    student, cache = named("student", trainer.model), trainer.answers
+    if cache is not None:
+        return f"{student}, teacher in a cache of {len(cache):,} sequences ({cache.kind})"
+    return f"{student}, {named('teacher', trainer.teacher)}"
 
 
 def _vocabulary(trainer: LeafTrainer) -> str:

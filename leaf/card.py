@@ -64,7 +64,10 @@ def model_card(
         "learning rate": f"{args.learning_rate:g}, {getattr(args.lr_scheduler_type, 'value', args.lr_scheduler_type)}",
         "seed": args.seed,
     }
-    taught = name_of(teacher or trainer.teacher.name_or_path) or type(trainer.teacher).__name__
+    online: Any = trainer.teacher
+    taught = name_of(teacher or getattr(online, "name_or_path", "")) or (
+        "a cached teacher" if online is None else type(online).__name__
+    )
     body = [
         f"# {metadata.get('model_name') or Path(str(args.output_dir)).name}",
         f"{f'`{base}`' if base else 'A model'} distilled from `{taught}` with LeaF, causal attention distillation "

@@ -1,4 +1,5 @@
-"""The command line: `leaf demo | doctor | estimate | run | select | score | prune | distill | eval | report | export`.
+"""The command line: `leaf demo | doctor | estimate | run | select | score | prune | cache | distill | eval | report |
+export`.
 
 Only the standard library is imported until a command runs, so `leaf --help` answers at once.
 """
@@ -29,6 +30,7 @@ STAGE_COMMANDS: dict[str, tuple[str, tuple[str, ...]]] = {
     "select": ("read the rows and keep those worth pruning", ("select",)),
     "score": ("gradient sensitivity of teacher and student, token by token", ("score",)),
     "prune": ("delete the flagged spans, then verify what is left with the models", ("prune", "verify")),
+    "cache": ("write down what the teacher says, for a distillation without it", ("cache",)),
     "distill": ("train the student on originals and counterfactuals", ("distill",)),
     "eval": ("accuracy, and attention on flagged tokens, before and after", ("eval",)),
     "report": ("one HTML file, plots and CSV", ("report",)),

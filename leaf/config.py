@@ -12,7 +12,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, NamedTuple
 
-STAGES = ("select", "score", "prune", "verify", "distill", "eval", "report")
+STAGES = ("select", "score", "prune", "verify", "cache", "distill", "eval", "report")
+CACHED = {"cached_hidden": "hidden", "cached_topk": "topk"}  # teacher_mode -> kind of a teacher cache
 
 TRAINING_DEFAULTS: dict[str, Any] = {
     "learning_rate": 1e-5,
@@ -25,9 +26,9 @@ TRAINING_DEFAULTS: dict[str, Any] = {
     "save_total_limit": 2,
 }
 
-_MODELS = "select score verify distill eval doctor estimate"
+_MODELS = "select score verify cache distill eval doctor estimate"
 _ROWS = "select eval doctor estimate"
-_RENDER = "select score verify distill eval doctor estimate"
+_RENDER = "select score verify cache distill eval doctor estimate"
 _ALL = " ".join(STAGES)
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -70,20 +71,31 @@ class RunConfig:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = _option(
         "auto",
         "dtype of frozen models: auto = bfloat16 on a GPU, float32 on a CPU",
-        "select score verify eval estimate",
+        "select score verify cache eval estimate",
     )
     device_map: Literal["auto", "balanced", "balanced_low_0", "sequential"] | None = _option(
         None,
         "spread a model over the GPUs of one process (accelerate's device_map)",
-        "select score verify eval",
+        "select score verify cache distill eval",
         key=False,
     )
     teacher_quantization: Literal["8bit", "4bit"] | None = _option(
-        None, "quantize the teacher when it is loaded (bitsandbytes)", "select score verify distill"
+        None, "quantize the teacher when it is loaded (bitsandbytes)", "select score verify cache distill"
     )
     shard_teacher: bool = _option(
-        False, "under accelerate launch: score with a teacher whose layers are shared by the ranks", "score", key=False
+        False,
+        "under accelerate launch: score and cache with a teacher whose layers are shared by the ranks",
+        "score cache",
+        key=False,
     )
+    teacher_mode: Literal["replicate", "fsdp2", "device_map", "cached_hidden", "cached_topk"] = _option(
+        "replicate",
+        "how distill gets the teacher: whole on each GPU, sharded over the ranks, spread over the GPUs of one process, or "
+        "from disk (its last hidden states, or its most probable tokens)",
+        "cache distill",
+        key=False,
+    )
+    cache_topk: int = _option(64, "tokens that cached_topk keeps of each distribution", "cache", key=False)
     seed: int = _option(0, "seed of controls, sampling order and training", "prune distill")
 
     limit: int | None = _option(None, "read only so many rows", _ROWS)
@@ -106,7 +118,10 @@ class RunConfig:
         None, "cut long responses at the end instead of skipping", "score doctor estimate"
     )
     max_tokens: int = _option(
-        16384, "token budget of a pack or a generation batch", "select score verify distill eval estimate", key=False
+        16384,
+        "token budget of a pack or a generation batch",
+        "select score verify cache distill eval estimate",
+        key=False,
     )
 
     select: Literal["teacher_right", "student_wrong", "all"] = _option(
@@ -153,7 +168,7 @@ class RunConfig:
         "pair", "two means mixed by lambda, or one mean over everything", "distill"
     )
     lambda_: float = _option(0.5, "weight of the originals in the pair loss", "distill")
-    temperature: float = _option(1.0, "temperature of the divergence", "distill")
+    temperature: float = _option(1.0, "temperature of the divergence", "cache distill")
     divergence: Literal["forward_kl", "reverse_kl", "jsd"] = _option(
         "forward_kl", "divergence from the teacher", "distill"
     )
@@ -163,7 +178,7 @@ class RunConfig:
         1, "counterfactuals of a sample per epoch, or all", "distill"
     )
     originals: Literal["all", "paired"] = _option(
-        "all", "train on all originals, or on those with counterfactuals", "distill"
+        "all", "train on all originals, or on those with counterfactuals", "cache distill"
     )
     training: Mapping[str, Any] = field(
         default_factory=dict,
@@ -246,7 +261,7 @@ def _check(c: RunConfig) -> None:
     for name in ("q", "cap", "lambda_", "max_skip_fraction", "tau", "tau_response"):
         value = getattr(c, name)
         require(value is None or 0 <= value <= 1, f"{name.rstrip('_')} must be between 0 and 1, got {value}")
-    for name in ("limit", "max_length", "max_tokens", "max_new_tokens", "temperature"):
+    for name in ("limit", "max_length", "max_tokens", "max_new_tokens", "temperature", "cache_topk"):
         value = getattr(c, name)
         require(value is None or value > 0, f"{name} must be positive, got {value}")
     require(c.ce_weight >= 0, f"ce_weight must not be negative, got {c.ce_weight}")

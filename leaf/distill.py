@@ -12,14 +12,15 @@ from typing import Any
 
 import pyarrow as pa
 import torch
-from transformers import PrinterCallback, Trainer, TrainerCallback
+from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback
 
 from .banner import Banner
 from .card import run_card
-from .config import RunConfig, did_you_mean
+from .config import CACHED, RunConfig, did_you_mean
 from .pack import build_groups
 from .run import Produced, Run, Ui, device_of
 from .tables import Table, digest, open_table
+from .teacher import TeacherCache
 from .trainer import LeafArguments, LeafTrainer
 
 logger = logging.getLogger(__name__)
@@ -31,17 +32,20 @@ def distill(run: Run) -> Table:
     """Trains the student; the model goes to `model/`, the log of the training into the table."""
     scores, counterfactuals = open_table(run.folder / "score"), open_table(run.folder / "verify")
     inputs = {"scores": scores.fingerprint, "counterfactuals": counterfactuals.fingerprint}
+    if run.config.teacher_mode in CACHED:
+        inputs["cache"] = open_table(run.folder / "cache").fingerprint
     key = run.key("distill", **inputs, **run.models())
     # Named by what goes in: a checkpoint of other inputs must never be resumed from.
     checkpoints = run.folder / "checkpoints" / digest(key)
-    arguments = training_arguments(run.config, checkpoints)
 
     def train(_: Sequence[None]) -> Produced:
         encode = run.encoder.encode_text
         groups = build_groups(scores, counterfactuals, encode, originals=run.config.originals)
+        student, teacher = run.load(run.name("student"), torch.float32, spread=False), load_teacher(run)
+        arguments = training_arguments(run.config, checkpoints)  # from then on ZeRO-3 would load shares of models
         trainer = LeafTrainer(
-            run.load(run.name("student"), torch.float32, spread=False),
-            run.load(run.name("teacher"), spread=False),
+            student,
+            teacher,
             arguments,
             train_dataset=groups,
             vocab_size=run.shared_vocabulary(),
@@ -67,6 +71,24 @@ def distill(run: Run) -> Table:
         yield [{"step": entry["step"], "entry": json.dumps(entry)} for entry in log], counts
 
     return run.table("distill", key, TRAINING_LOG, [None], train, collective=True)
+
+
+def load_teacher(run: Run) -> PreTrainedModel | TeacherCache:
+    """The teacher as `--teacher-mode` asks for it: a model, or what one said."""
+    mode = run.config.teacher_mode
+    if mode not in CACHED:
+        return run.load(run.name("teacher"), spread=mode == "device_map", shard=mode == "fsdp2")
+    found = TeacherCache(run.folder / "cache")
+    wanted: dict[str, Any] = {"kind": CACHED[mode], "teacher": run.models()["teacher"]}
+    if mode == "cached_topk":
+        wanted |= {"temperature": run.config.temperature, "vocab_size": run.shared_vocabulary()}
+    for name, value in wanted.items():
+        if found.key.get(name) != value:
+            raise ValueError(
+                f"{found.folder} was built with {name} {found.key.get(name)}, and this run has {value}: run `leaf cache` "
+                "with the options of this run"
+            )
+    return found
 
 
 def training_arguments(config: RunConfig, folder: pathlib.Path) -> LeafArguments:

@@ -14,7 +14,7 @@ from accelerate import PartialState
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from .config import RunConfig
+from .config import CACHED, RunConfig
 
 PATIENCE = datetime.timedelta(hours=1)  # of a rank with the others: one of them may read a large model from a slow disk
 
@@ -27,13 +27,20 @@ def check_loading(config: RunConfig, stages: Sequence[str], ranks: int) -> list[
         ImportError: bitsandbytes is missing.
     """
     notes = []
-    if config.device_map and ranks > 1 and {"select", "score", "verify", "eval"} & set(stages):
+    cached = config.teacher_mode in CACHED
+    if list(stages) == ["cache"] and not cached:
+        raise ValueError(
+            f"--teacher-mode {config.teacher_mode} has the teacher beside the student and needs no cache: give `leaf cache "
+            "--teacher-mode cached_hidden` or `cached_topk`, and distil with the same"
+        )
+    asked = set(stages) if cached else set(stages) - {"cache"}
+    if config.device_map and ranks > 1 and {"select", "score", "verify", "cache", "eval"} & asked:
         raise ValueError(
             f"--device-map {config.device_map}: each of the {ranks} processes would spread its models over all GPUs: run it "
             "in one process, without accelerate launch, or leave it out (--shard-teacher scores with a teacher that the "
             "processes share)"
         )
-    if config.teacher_quantization and {"select", "score", "verify", "distill"} & set(stages):
+    if config.teacher_quantization and {"select", "score", "verify", "cache", "distill"} & asked:
         if importlib.util.find_spec("bitsandbytes") is None:
             raise ImportError(
                 f"--teacher-quantization {config.teacher_quantization} needs bitsandbytes: `pip install "
@@ -43,19 +50,48 @@ def check_loading(config: RunConfig, stages: Sequence[str], ranks: int) -> list[
             f"teacher: quantized to {config.teacher_quantization}; its answers and sensitivities are those of the quantized "
             "model, and its gradient passes through dequantized weights"
         )
-    if config.shard_teacher and "score" in stages:
+    if config.shard_teacher and {"score", "cache"} & asked:
         if ranks == 1:
             raise ValueError(
                 "--shard-teacher shares the teacher's layers among several processes, and this is a single one: run it "
                 "under accelerate launch, or use --device-map auto"
             )
-        if {"select", "verify", "distill"} & set(stages):
+        whole = {"select", "verify"} | ({"distill"} if config.teacher_mode == "replicate" else set())
+        if whole & asked:
             notes.append(
-                "teacher: sharded for the score stage alone; where select and verify generate and distill trains, each rank "
-                "loads it whole. Where it does not fit, run `leaf select` and `leaf prune` with --device-map auto in one "
-                "process"
+                "teacher: sharded for scoring and caching alone; where select and verify generate, and where distill "
+                "trains with --teacher-mode replicate, each rank loads it whole. Where it does not fit, run `leaf select` "
+                "and `leaf prune` with --device-map auto in one process, and distil with another --teacher-mode"
             )
+    if {"cache", "distill"} & asked:
+        _check_teacher_mode(config, ranks)
     return notes
+
+
+def _check_teacher_mode(config: RunConfig, ranks: int) -> None:
+    mode = f"--teacher-mode {config.teacher_mode}"
+    if config.teacher_mode == "cached_topk" and config.divergence != "forward_kl":
+        raise ValueError(
+            f"{mode} knows the most probable tokens only, which is enough for --divergence forward_kl and not for "
+            f"{config.divergence}: give --teacher-mode cached_hidden"
+        )
+    if config.teacher_mode == "fsdp2" and ranks == 1:
+        raise ValueError(
+            f"{mode} shares the teacher among several processes, and this is a single one: run it under accelerate "
+            "launch, or give --teacher-mode device_map, cached_hidden or cached_topk"
+        )
+    if config.teacher_mode == "fsdp2" and config.teacher_quantization:
+        raise ValueError(
+            f"{mode} cannot shard a teacher with --teacher-quantization {config.teacher_quantization}: leave it out, or "
+            "give --teacher-mode replicate, cached_hidden or cached_topk"
+        )
+    if config.teacher_mode == "device_map" and ranks > 1:
+        raise ValueError(
+            f"{mode}: each of the {ranks} processes would spread the teacher over all GPUs: run it in one process, without "
+            "accelerate launch, or give --teacher-mode fsdp2, cached_hidden or cached_topk"
+        )
+    if config.teacher_mode == "device_map" and not config.device_map:
+        raise ValueError(f"{mode} needs --device-map, which says how: add --device-map auto")
 
 
 def load_model(

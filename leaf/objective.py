@@ -209,6 +209,7 @@ def distillation(
         pack[name] for name in ("weight_original", "weight_counterfactual", "rows")
     )
     cached = teacher_hidden is None
+    taught: Any = pack.get("teacher_hidden") if cached else teacher_hidden
     if cached:  # of the rows alone
         weight_original, weight_counterfactual = weight_original[rows], weight_counterfactual[rows]
 
@@ -229,7 +230,7 @@ def distillation(
             loss, per_token = linear_kl(
                 x,
                 head.weight,
-                (pack["teacher_hidden"] if cached else teacher_hidden).to(teacher_head.weight.dtype),
+                taught.to(teacher_head.weight.dtype),
                 teacher_head.weight,
                 divergence=divergence,
                 beta=beta,

@@ -10,7 +10,7 @@ import itertools
 import logging
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch.utils.data import Dataset, IterableDataset
@@ -18,6 +18,7 @@ from torch.utils.data import Dataset, IterableDataset
 from leaf_kernels import SharedPrefixLayout
 from leaf_kernels.packing import deal, pack_sizes, packed_sizes
 
+from .teacher import TeacherCache
 from .units import token_ids
 
 logger = logging.getLogger(__name__)
@@ -76,18 +77,6 @@ def sequences(group: Group) -> list[list[int]]:
     return [member["input_ids"] for member in [*members, *group["counterfactuals"]]]
 
 
-class Answers(Protocol):
-    """What is known of a teacher's answers beforehand: `leaf.teacher.TeacherCache`."""
-
-    def read(self, input_ids: Sequence[int], response_start: int) -> dict[str, torch.Tensor]:
-        """Tensors [R, ...] of the R rows that predict the response."""
-        ...
-
-    def empty(self) -> dict[str, torch.Tensor]:
-        """The same of no row."""
-        ...
-
-
 class Collator:
     """Deals the groups of a micro-batch to the ranks and puts each share into few packs of at most `max_tokens` tokens
     (`leaf_kernels.pack_groups`), in their order within a pack; never changes what is in it.
@@ -112,7 +101,7 @@ class Collator:
     """
 
     def __init__(
-        self, max_tokens: int, concat: bool = False, rank: int = 0, ranks: int = 1, answers: Answers | None = None
+        self, max_tokens: int, concat: bool = False, rank: int = 0, ranks: int = 1, answers: TeacherCache | None = None
     ):
         if max_tokens < 1:
             raise ValueError(f"max_tokens must be at least 1, got {max_tokens}")

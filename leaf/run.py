@@ -1,8 +1,8 @@
-"""One run directory, and the stages over it: select → score → prune → verify → distil → eval → report.
+"""One run directory, and the stages over it: select → score → prune → verify → cache → distil → eval → report.
 
 Unchanged tables are kept, a killed stage goes on after its last whole shard, and no model is asked a prompt twice. Under
-`accelerate launch` all ranks generate, score and train; rank 0 does the rest and the others wait. The stages themselves are
-in `leaf.stages`.
+`accelerate launch` all ranks generate, score, cache and train; rank 0 does the rest and the others wait. The stages
+themselves are in `leaf.stages`.
 """
 
 from __future__ import annotations

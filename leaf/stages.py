@@ -27,6 +27,7 @@ from .select import Answer, Selected, answer_rows, roles
 from .select import decide as decide_row
 from .sensitivity import Scorer, Sensitivity, batches
 from .tables import Table, digest, model_key, open_table
+from .teacher_build import cache
 from .units import Pair, read_pairs
 from .verify import ROLES, answered_rightly
 from .verify import decide as decide_counterfactual
@@ -324,6 +325,7 @@ FUNCTIONS: dict[str, Callable[[Run], Any]] = {
     "score": score,
     "prune": prune,
     "verify": verify,
+    "cache": cache,
     "distill": distill,
     "eval": evaluate,
     "report": report,

@@ -169,7 +169,7 @@ def write_table(
             rows += unit_rows
             counts.update(unit_counts)
         facts = {"units": shards[n].stop - shards[n].start, "rows": len(rows), "counts": dict(counts)}
-        _write_atomically(files[n], _parquet(rows, schema.with_metadata({_FACTS: json.dumps(facts)})))
+        write_bytes(files[n], _parquet(rows, schema.with_metadata({_FACTS: json.dumps(facts)})))
     if in_step:
         collections.deque(produced, maxlen=0)
     if rank != 0:
@@ -252,15 +252,20 @@ def model_key(name: str) -> str:
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
     """Write a file so that it is never seen half written."""
-    _write_atomically(pathlib.Path(path), text.encode())
+    write_bytes(pathlib.Path(path), text.encode())
 
 
-def _write_atomically(path: pathlib.Path, content: bytes | memoryview) -> None:
+def write_bytes(path: pathlib.Path, content: bytes | memoryview) -> None:
+    """Write a file so that it is never seen half written. What could not be written leaves nothing behind."""
     temporary = path.with_name(f"{path.name}.tmp")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError:  # the disk is full: at least this does not take the place that others need
+        temporary.unlink(missing_ok=True)
+        raise
     os.replace(temporary, path)
 
 

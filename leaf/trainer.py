@@ -117,15 +117,17 @@ class LeafTrainer(Trainer):
             raise ValueError("LeafTrainer packs groups itself: data_collator cannot be replaced")
         register()
         student: Any = model.get_base_model() if hasattr(model, "peft_config") else model  # type: ignore[operator]
-        cached = isinstance(teacher, TeacherCache)
-        for each, role in ((student, "student"), (teacher, "teacher"))[: 1 if cached else 2]:
-            refuse_without_values(each, role)
-            check_model(each)
-            head_of(each)
-            each.set_attn_implementation(NAME)
+        self.answers = teacher if isinstance(teacher, TeacherCache) else None
+        online = None if isinstance(teacher, TeacherCache) else teacher
+        for role, each in {"student": student, "teacher": online}.items():
+            if each is not None:
+                refuse_without_values(each, role)
+                check_model(each)
+                head_of(each)
+                each.set_attn_implementation(NAME)
         refuse_attention_dropout(student)
-        if cached:
-            check_cache(teacher, args.divergence, args.temperature)
+        if self.answers:
+            check_cache(self.answers, args.divergence, args.temperature)
         install(student)
         super().__init__(
             model=model,
@@ -135,7 +137,7 @@ class LeafTrainer(Trainer):
                 concat=args.loss_mode == "concat",
                 rank=args.process_index,
                 ranks=args.world_size,
-                answers=teacher if cached else None,
+                answers=self.answers,
             ),
             train_dataset=train_dataset,  # type: ignore[arg-type]
             eval_dataset=eval_dataset,  # type: ignore[arg-type]
@@ -145,16 +147,16 @@ class LeafTrainer(Trainer):
         self.add_callback(self.interval)
         check_engine(self)
         check_head(student)
-        self.teacher: PreTrainedModel | None = None if cached else settle(teacher, args.device)
-        head = teacher.head if cached else head_of(teacher)
+        self.teacher = None if online is None else settle(online, args.device)
+        head = self.answers.head if self.answers else head_of(teacher)  # type: ignore[arg-type]
         # In the dtype that the student's head will have, cast once, not once per pack
         dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else head_of(student).weight.dtype
         self.teacher_head = head and Head(
             *(t.to(args.device, dtype) if isinstance(t, torch.Tensor) else t for t in head)  # type: ignore[arg-type]
         )
-        self.answers = teacher if cached else None
-        # Columns of the student's and the teacher's head
-        self.head_sizes = len(head_of(student).weight), teacher.vocab_size if head is None else len(head.weight)
+        # Columns of the student's and of the teacher's head
+        columns = len(head.weight) if head else self.answers.vocab_size  # type: ignore[union-attr]
+        self.head_sizes = len(head_of(student).weight), columns
         same = self.head_sizes[0] == self.head_sizes[1]
         self.vocab_size = vocab_size if vocab_size is not None or same else min(self.head_sizes)
         if student.dtype in (torch.bfloat16, torch.float16) and any(p.requires_grad for p in student.parameters()):
@@ -367,7 +369,7 @@ class LeafTrainer(Trainer):
         model: Any = self._wrap_model(self.model, training=False)  # type: ignore[arg-type]
         if model is self.model and not self.accelerator._models:
             if self.is_fsdp_enabled:  # FSDP2 is prepared with an optimizer or not at all
-                model, _ = self.accelerator.prepare(model, torch.optim.SGD(model.parameters()))
+                model, _ = self.accelerator.prepare(model, torch.optim.SGD(self.model.parameters()))
                 self.accelerator._optimizers.clear()
                 self.model = self.model_wrapped = model
             elif self.is_deepspeed_enabled:

@@ -57,7 +57,8 @@ class SharedPrefixLayout:
         num_tokens: int = -1,
     ):
         given = {"segment_starts": segment_starts, "prefix_starts": prefix_starts, "prefix_lens": prefix_lens}
-        for name, value in given.items():
+        for name, tensor in given.items():
+            value: Any = tensor
             if value is None and name != "segment_starts":
                 value = torch.zeros(max(len(segment_starts) - 1, 0), dtype=torch.int32)
             floats = not isinstance(value, torch.Tensor) or value.is_floating_point() or value.dtype == torch.bool
@@ -77,7 +78,7 @@ class SharedPrefixLayout:
         N = last if num_tokens == -1 else int(num_tokens)
         self._validate(S, N, last)
         lens = self.segment_starts.diff() + self.prefix_lens
-        for name, value in {
+        for name, fact in {
             "num_tokens": N,
             "num_segments": S,
             "has_prefix": bool((self.prefix_lens > 0).any()),
@@ -85,7 +86,7 @@ class SharedPrefixLayout:
             "has_tail": last < N,
             "_cache": {},
         }.items():
-            object.__setattr__(self, name, value)
+            object.__setattr__(self, name, fact)
 
     def __setattr__(self, name: str, value: Any) -> None:
         raise AttributeError(f"{_OP}: {name} cannot be set: a layout never changes; build another one")

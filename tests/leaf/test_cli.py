@@ -10,7 +10,20 @@ import pytest
 
 from leaf import __version__, cli
 
-COMMANDS = ("demo", "doctor", "estimate", "run", "select", "score", "prune", "distill", "eval", "report", "export")
+COMMANDS = (
+    "demo",
+    "doctor",
+    "estimate",
+    "run",
+    "select",
+    "score",
+    "prune",
+    "cache",
+    "distill",
+    "eval",
+    "report",
+    "export",
+)
 
 
 def run(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import pathlib
+from typing import Any
 
 import pytest
 import tiny
@@ -129,6 +130,41 @@ def test_options_and_the_number_of_processes() -> None:
     assert check_loading(RunConfig(shard_teacher=True), ["score"], 2) == []
     (note,) = check_loading(RunConfig(shard_teacher=True), ["score", "verify"], 2)
     assert "each rank loads it whole" in note
+
+
+@pytest.mark.parametrize(
+    ("options", "ranks", "message"),
+    [
+        ({"teacher_mode": "cached_topk", "divergence": "reverse_kl"}, 1, "not for reverse_kl: give .* cached_hidden"),
+        ({"teacher_mode": "fsdp2"}, 1, "this is a single one: run it under accelerate launch, or give"),
+        ({"teacher_mode": "fsdp2", "teacher_quantization": "8bit"}, 2, "cannot shard a teacher with"),
+        ({"teacher_mode": "device_map", "device_map": "auto"}, 2, "each of the 2 processes would spread the teacher"),
+        ({"teacher_mode": "device_map"}, 1, "needs --device-map, which says how: add --device-map auto"),
+        ({"teacher_mode": "cached_hidden", "device_map": "auto"}, 2, "would spread its models over all GPUs"),
+        ({"teacher_mode": "cached_hidden", "shard_teacher": True}, 1, "this is a single one"),
+    ],
+)
+def test_how_distill_gets_its_teacher(
+    monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], ranks: int, message: str
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: True)
+    with pytest.raises(ValueError, match=message):
+        check_loading(RunConfig(**options), ["cache", "distill"], ranks)
+    check_loading(RunConfig(**options), ["prune"], ranks)  # one file of options for every command
+
+
+def test_combinations_that_work() -> None:
+    both = ["cache", "distill"]
+    for options, ranks in (
+        ({"teacher_mode": "fsdp2"}, 2),
+        ({"teacher_mode": "device_map", "device_map": "auto"}, 1),
+        ({"teacher_mode": "cached_hidden", "device_map": "auto", "divergence": "reverse_kl"}, 1),
+        ({"teacher_mode": "cached_topk", "shard_teacher": True}, 2),
+        ({"teacher_mode": "replicate", "device_map": "auto"}, 2),
+    ):
+        assert check_loading(RunConfig(**options), both, ranks) == []  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="needs no cache: give `leaf cache --teacher-mode cached_hidden`"):
+        check_loading(RunConfig(), ["cache"], 1)
 
 
 @pytest.mark.parametrize("installed", [False, True])

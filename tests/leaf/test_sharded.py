@@ -60,7 +60,7 @@ def score(folder: pathlib.Path, output: str, **options: Any) -> None:
 def killed(folder: pathlib.Path, output: str) -> None:
     """Rank 1 is gone after its first shard, before rank 0 has written one."""
     signal.alarm(120)  # ranks that wait for each other are killed
-    write = tables._write_atomically
+    write = tables.write_bytes
 
     def and_die(path: pathlib.Path, content: Any) -> None:
         if "score-teacher" in str(path) and os.environ["RANK"] == "0":
@@ -69,7 +69,7 @@ def killed(folder: pathlib.Path, output: str) -> None:
         if "score-teacher" in str(path):
             os._exit(9)
 
-    tables._write_atomically = and_die
+    tables.write_bytes = and_die
     score(folder, output)
 
 
