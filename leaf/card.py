@@ -65,7 +65,7 @@ def model_card(
         "seed": args.seed,
     }
     online: Any = trainer.teacher
-    taught = name_of(teacher or getattr(online, "name_or_path", "")) or (
+    taught = name_of(str(teacher or getattr(online, "name_or_path", ""))) or (
         "a cached teacher" if online is None else type(online).__name__
     )
     body = [

@@ -126,7 +126,7 @@ class LeafTrainer(Trainer):
                 head_of(each)
                 each.set_attn_implementation(NAME)
         refuse_attention_dropout(student)
-        if self.answers:
+        if self.answers is not None:
             check_cache(self.answers, args.divergence, args.temperature)
         install(student)
         super().__init__(
@@ -148,7 +148,7 @@ class LeafTrainer(Trainer):
         check_engine(self)
         check_head(student)
         self.teacher = None if online is None else settle(online, args.device)
-        head = self.answers.head if self.answers else head_of(teacher)  # type: ignore[arg-type]
+        head = head_of(online) if self.answers is None else self.answers.head  # type: ignore[arg-type]
         # In the dtype that the student's head will have, cast once, not once per pack
         dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else head_of(student).weight.dtype
         self.teacher_head = head and Head(

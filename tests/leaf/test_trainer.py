@@ -13,9 +13,10 @@ import torch
 import torch.nn.functional as F
 from distributed import on_ranks
 from torch.utils.data import IterableDataset
-from training import VOCAB, Stream, arguments, assert_same, groups, model, plain_e7, train
+from training import VOCAB, Stream, arguments, assert_same, cached, groups, model, plain_e7, train
 from transformers import AutoModelForCausalLM
 
+from leaf.pack import Collator
 from leaf.trainer import LeafTrainer, NonFiniteLoss
 
 
@@ -298,3 +299,48 @@ def test_a_config_with_a_scale_that_the_class_does_not_apply_is_refused(which, t
 def test_bad_arguments_are_named(overrides, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         arguments(tmp_path, **overrides)
+
+
+@pytest.mark.parametrize("mode", ["cached_hidden", "cached_topk"])
+def test_a_cached_teacher_is_the_teacher(mode, whole_steps, tmp_path):
+    """Of a cache of the most probable tokens where it holds all of them; packs, workers and an idle pack change nothing."""
+    cache = cached(tmp_path, groups(), mode)
+    assert_same(train(tmp_path / "one", teacher=cache), whole_steps)
+    assert_same(train(tmp_path / "packs", teacher=cache, max_tokens=1, dataloader_num_workers=1), whole_steps)
+    (idle,) = Collator(10, answers=cache)([])["packs"]
+    assert len(idle["rows"]) == 0
+    trainer = LeafTrainer(model(0), cache, arguments(tmp_path / "idle"), groups(), groups())
+    loss = trainer.compute_loss(trainer.model, idle, num_items_in_batch=torch.tensor([1.0, 1.0]))
+    loss.backward()
+    assert loss.item() == 0
+    online = LeafTrainer(
+        model(0), model(1, hidden=32), arguments(tmp_path / "online"), eval_dataset=groups()
+    ).evaluate()
+    assert trainer.evaluate()["eval_kl_counterfactual"] == pytest.approx(online["eval_kl_counterfactual"], rel=1e-5)
+
+
+def test_what_a_cache_of_the_most_probable_tokens_cannot_do(tmp_path):
+    cache = cached(tmp_path, groups(), "cached_topk")
+    with pytest.raises(ValueError, match="use divergence='forward_kl'"):
+        LeafTrainer(model(0), cache, arguments(tmp_path, divergence="reverse_kl"), groups())
+    with pytest.raises(ValueError, match="cached log-probabilities are at 1: use that"):
+        LeafTrainer(model(0), cache, arguments(tmp_path, temperature=2.0), groups())
+    trainer = LeafTrainer(model(0), cache, arguments(tmp_path), groups(12)[7:])
+    with pytest.raises(LookupError, match="holds nothing for a sequence of"):
+        trainer.train()
+
+
+def test_groups_are_dealt_to_the_ranks_by_tokens():
+    """Every group once, about as many tokens on each rank, equally many packs."""
+    many = groups(40)
+    packs = [Collator(40, rank=rank, ranks=3)(many)["packs"] for rank in range(3)]
+    assert len({len(each) for each in packs}) == 1
+    tokens = [sum(int(pack["layout"].num_tokens) for pack in each) for each in packs]
+    largest = max(len(g["original"]["input_ids"]) * (1 + len(g["counterfactuals"])) for g in many)
+    assert max(tokens) - min(tokens) <= largest
+    alone = Collator(40)(many)["packs"]
+    for weight in ("weight_original", "weight_counterfactual"):
+        total = sum(pack[weight].sum() for each in packs for pack in each)
+        torch.testing.assert_close(total, sum(pack[weight].sum() for pack in alone))
+    (first, second) = (Collator(40, rank=rank, ranks=2)(many[:1])["packs"] for rank in range(2))
+    assert [len(p["rows"]) > 0 for p in (*first, *second)] == [True, False], "one group: the other rank idles"

@@ -6,12 +6,17 @@ import re
 from pathlib import Path
 from typing import Any
 
+import tokenizers
 import torch
 import torch.nn.functional as F
 from torch.distributed.tensor import DTensor
 from torch.utils.data import IterableDataset
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, TrainerCallback
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, PreTrainedTokenizerFast, TrainerCallback
 
+from leaf.config import RunConfig
+from leaf.run import Run
+from leaf.teacher import TeacherCache
+from leaf.teacher_build import build_cache
 from leaf.trainer import LeafArguments, LeafTrainer
 
 VOCAB = 24
@@ -88,14 +93,38 @@ def arguments(output: Path | str, **overrides: Any) -> LeafArguments:
     return LeafArguments(**options)
 
 
-def train(output: Path | str, data: Any = None, **overrides: Any) -> tuple[list[float], list[dict[str, torch.Tensor]]]:
+def train(
+    output: Path | str, data: Any = None, teacher: Any = None, **overrides: Any
+) -> tuple[list[float], list[dict[str, torch.Tensor]]]:
     """Losses and gradients of every step at learning rate 0."""
     gradients = Gradients()
     trainer = LeafTrainer(
-        model(0), model(1, hidden=32), arguments(output, **overrides), data or groups(), callbacks=[gradients]
+        model(0),
+        teacher or model(1, hidden=32),
+        arguments(output, **overrides),
+        data or groups(),
+        callbacks=[gradients],
     )
     trainer.train()
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry], gradients.steps
+
+
+def cached(folder: Path, data: list[dict[str, Any]], mode: str = "cached_hidden") -> TeacherCache:
+    """The answers of `train`'s teacher, as `leaf cache` stores them."""
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({f"w{n}": n for n in range(VOCAB)}, unk_token="w0"))
+    for role, each in {"teacher": model(1, hidden=32), "student": model(0)}.items():
+        each.save_pretrained(folder / role)
+        PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(folder / role)
+    options = {role: str(folder / role) for role in ("teacher", "student")}
+    options |= {
+        "output": str(folder / "run"),
+        "teacher_mode": mode,
+        "device": "cpu",
+        "cache_topk": VOCAB,
+        "chat_template": "none",
+    }
+    build_cache(Run(RunConfig.from_mapping(options)), data)
+    return TeacherCache(folder / "run" / "cache")
 
 
 def plain_e7(batch: list[dict[str, Any]], lambda_: float = 0.5) -> tuple[float, dict[str, torch.Tensor]]:
