@@ -114,17 +114,11 @@ def cached(folder: Path, data: list[dict[str, Any]], mode: str = "cached_hidden"
     words = tokenizers.Tokenizer(tokenizers.models.WordLevel({f"w{n}": n for n in range(VOCAB)}, unk_token="w0"))
     for role, each in {"teacher": model(1, hidden=32), "student": model(0)}.items():
         each.save_pretrained(folder / role)
-        PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(folder / role)
-    options = {role: str(folder / role) for role in ("teacher", "student")}
-    options |= {
-        "output": str(folder / "run"),
-        "teacher_mode": mode,
-        "device": "cpu",
-        "cache_topk": VOCAB,
-        "chat_template": "none",
-    }
+        PreTrainedTokenizerFast(tokenizer_object=words, eos_token="w1").save_pretrained(folder / role)
+    options = {name: str(folder / name) for name in ("teacher", "student", "output")}
+    options |= {"teacher_mode": mode, "device": "cpu", "cache_topk": VOCAB, "chat_template": "none"}
     build_cache(Run(RunConfig.from_mapping(options)), data)
-    return TeacherCache(folder / "run" / "cache")
+    return TeacherCache(folder / "output" / "cache")
 
 
 def plain_e7(batch: list[dict[str, Any]], lambda_: float = 0.5) -> tuple[float, dict[str, torch.Tensor]]:
