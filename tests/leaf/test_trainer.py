@@ -44,6 +44,17 @@ def test_cut_of_a_step_changes_nothing(cut: str, whole_steps, tmp_path):
     assert_same(train(tmp_path, **CUTS[cut]), whole_steps)
 
 
+@pytest.mark.slow
+def test_a_compiled_student_has_the_same_gradient_in_one_graph(whole_steps, tmp_path):
+    from torch._dynamo.utils import counters
+
+    counters.clear()
+    options = {"torch_compile": True, "torch_compile_backend": "aot_eager", "max_steps": 1}
+    assert_same(train(tmp_path, **options), [each[:1] for each in whole_steps])
+    assert counters["stats"]["unique_graphs"] == 1
+    assert not counters["graph_break"]
+
+
 def test_stream_equals_sequence(whole_steps, tmp_path):
     assert_same(train(tmp_path, Stream(), max_steps=2), whole_steps)
 
