@@ -60,7 +60,7 @@ BENCHMARKS = {
     "demo": "benchmarks.demo_gpu",
 }
 STAGES = ("check", *BENCHMARKS)
-TESTS: tuple[str, ...] = ("-m", "gpu", "tests/kernels")
+TESTS: tuple[str, ...] = ("-m", "gpu", "tests/kernels", "tests/leaf/test_trainer_gpu.py")
 OUTCOME = re.compile(r"^(\S+\.py::.*?) (PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS)\b", re.MULTILINE)
 
 
