@@ -114,7 +114,7 @@ TILES: dict[str, dict[str, dict[int, tuple[Tile, Tile]]]] = {
         "mass": {
             64: (Tile(64, 64, 8, 2), Tile(64, 32, 8, 2)),
             128: (Tile(64, 64, 4, 2), Tile(32, 32, 8, 1)),
-            256: (Tile(64, 64, 8, 2), Tile(64, 64, 8, 2)),
+            256: (Tile(64, 64, 8, 2), Tile(64, 32, 8, 2)),
         },
     },
 }
