@@ -182,6 +182,26 @@ def gpu_scoring(results: Path = RESULTS) -> str:
     return "\n\n".join([gpu_goals(results, "scoring", BOUNDED, bounded_row), *([table] if rows else [])])
 
 
+def gpu_first_calls(results: Path = RESULTS) -> str:
+    """D4, and the seconds of every call, of the GPUs whose check came to it."""
+    parts = []
+    for path in sorted(results.glob("*/check.json")):
+        found = json.loads(path.read_text())
+        if measured := found.get("first_calls"):
+            where, compiled = found["environment"], ", ".join(measured["compiled_though_carried"])
+            rows = [
+                [name, *(f"{own[kind]:.2f}" for kind in ("carried", "compiled"))]
+                for name, own in measured["seconds"].items()
+            ]
+            parts += [
+                f"{where['gpu']}, torch {where['torch']}, triton {where['triton']}, commit `{where['commit'][:12]}`; "
+                f"compiled though the wheel carries it: {compiled or 'nothing'}.",
+                markdown(BOUNDED, [bounded_row(goal) for goal in found["goals"]]),
+                markdown(["seconds of the first call", "carried by the wheel", "compiled"], rows),
+            ]
+    return "\n\n".join(parts) or NOT_MEASURED
+
+
 def gpu_demo(results: Path = RESULTS) -> str:
     """Arms, paired differences and detection, GPU by GPU."""
     parts = []
@@ -428,6 +448,7 @@ def documents() -> dict[Path, dict[str, str]]:
             "gpu-attention-mass": gpu_attention_mass(),
             "gpu-scoring": gpu_scoring(),
             "gpu-e2e": gpu_e2e(),
+            "gpu-first-calls": gpu_first_calls(),
             "gpu-demo": gpu_demo(),
         },
     }

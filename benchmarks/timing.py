@@ -1,7 +1,7 @@
 """How the GPU benchmarks measure: interleaved timings, anchors, what ran where, a run case by case. Knows no op.
 
 Times are those of the device (CUDA events), with a cold L2 cache and every launch queued in advance. On a CPU the same code
-runs with the wall clock, so that it can be tried out; such numbers are for nobody.
+runs with the wall clock, so that it can be tried out; such numbers are for nobody, and no verdict on them is printed.
 """
 
 from __future__ import annotations
@@ -270,6 +270,17 @@ def write_json(path: Path, content: object) -> None:
 # -- a run -------------------------------------------------------------------------------------------------------------
 
 
+def usable(device: torch.device) -> bool:
+    """False after an illegal access or an assertion on the device: then every call fails, in this process only."""
+    if device.type != "cuda":
+        return True
+    try:
+        torch.cuda.synchronize(device)
+    except RuntimeError:
+        return False
+    return True
+
+
 def reason(error: Exception) -> str:
     """Why something is absent, on one line."""
     lines = str(error).strip().splitlines()
@@ -370,12 +381,16 @@ def run_cases(
 
     A case has a `name`, and `tiny()` for a CPU. `where` is the environment; `summary` says the outcome in lines.
     `rows`, empty, collects the rows, for a `measure` that goes by those before. Every row with a time gets its `roofline`:
-    `floor_ms` by the anchors of this run over that time, or None. What a case fails with is its reason to be without ours;
-    the next one follows, on the same device: an error that makes CUDA unusable shows in all the cases after it too.
+    `floor_ms` by the anchors of this run over that time, or None. What a case fails with is its reason to be without ours,
+    and the next one follows, unless CUDA is of no use any more: then the run ends, the rows of the case are marked `lost`,
+    and the next run measures it again, after the cases that this one did not reach.
     """
     cases, deadline, rows = list(cases), Deadline(budget), [] if rows is None else rows
     if resume and path.exists():  # only what was measured by the same code on the same machine goes on
-        rows += [row for row in json.loads(path.read_text())["rows"] if where.items() <= row.items()]
+        before = [row for row in json.loads(path.read_text())["rows"] if where.items() <= row.items()]
+        lost = {row["case"] for row in before if "lost" in row}
+        rows += [row for row in before if row["case"] not in lost]
+        cases.sort(key=lambda case: case.name in lost)
     done, todo = {row["case"] for row in rows}, ["anchors", *(only or (case.name for case in cases))]
 
     def add(new: Iterable[Row]) -> None:
@@ -404,14 +419,20 @@ def run_cases(
             if case.name in todo and case.name not in done:
                 deadline.check()
                 print(f"{case.name} …", flush=True)
-                add(attempt(case))
+                new = list(attempt(case))
+                if not usable(device):
+                    add({**row, "lost": True} for row in new)
+                    print(f"{case.name} made CUDA unusable for this process; --continue goes on")
+                    break
+                add(new)
     except OutOfTime:
         print(f"out of time after {budget:.0f} s; --continue goes on")
-    missing = [name for name in todo if name not in {row["case"] for row in rows}]
+    missing = [name for name in todo if name not in {row["case"] for row in rows if "lost" not in row}]
     for row in rows:
         if "absent" in row:
             print(f"{row['case']}: {row['provider']} is absent: {row['absent']}")
-    for line in [*rooflines(rows), *summary(rows)]:
-        print(line)
+    if where["gpu"] != "none":  # on a CPU times are for nobody
+        for line in [*rooflines(rows), *summary(rows)]:
+            print(line)
     print(f"{path}: " + (f"still to measure: {', '.join(missing)}" if missing else "complete"))
     return not missing and not any(row["provider"] == "leaf" for row in rows if "absent" in row)

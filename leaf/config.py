@@ -8,7 +8,8 @@ import os
 import re
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, NamedTuple
 
@@ -229,7 +230,7 @@ class RunConfig:
         name = getattr(self, role)
         if name is None:
             raise ValueError(f"no {role}: give --{role} FOLDER_OR_HUB_ID (or `{role}:` in the config file)")
-        if not os.path.isdir(name) and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
+        if not os.path.isdir(name) and not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):
             raise ValueError(f"{role}: there is no folder {name!r}, and a hub id is NAME or OWNER/NAME")
         return name
 
@@ -238,6 +239,17 @@ class RunConfig:
         return {
             f.name: getattr(self, f.name) for f in fields(self) if f.metadata["key"] and stage in f.metadata["stages"]
         }
+
+
+@contextmanager
+def asked_of_the_hub(name: str) -> Iterator[None]:
+    """Inside, a model is read by its name. What the hub says may be about a mistyped folder: then both are said."""
+    try:
+        yield
+    except OSError as error:
+        if os.path.exists(name):
+            raise
+        raise OSError(f"there is no folder {name!r} here, and as a hub id: {error}") from error
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -11,7 +11,7 @@ import torch
 
 from .config import did_you_mean
 
-GIB = 2**30
+GIB, MIB = 2**30, 2**20
 USABLE = 0.92  # of a device's memory: the rest is the context's, the libraries' and what the allocator cannot use
 
 

@@ -16,13 +16,14 @@ from typing import Any
 
 from rich import box
 from rich.console import Console
+from rich.table import Column
 from rich.table import Table as Grid
 from rich.text import Text
 
 from leaf_kernels.testing import precompiled_kernels
 
 from . import sandbox
-from .config import RunConfig
+from .config import RunConfig, asked_of_the_hub
 
 PACKAGES = ("leaf-kernels", "torch", "triton", "transformers", "accelerate", "datasets", "flash-attn", "vllm")
 OPTIONAL = ("flash-attn", "vllm")
@@ -57,7 +58,7 @@ def check(config: RunConfig, console: Console) -> bool:
 def _environment() -> Grid:
     import torch
 
-    grid = Grid("", "", title="environment", show_header=False, **_PLAIN)
+    grid = Grid("", _whole(), title="environment", show_header=False, **_PLAIN)
     grid.add_row("python", f"{platform.python_version()} on {platform.platform()}")
     for name in PACKAGES:
         try:
@@ -79,6 +80,11 @@ def _environment() -> Grid:
     except ValueError as error:
         grid.add_row("generated code", Text(f"--grader python is refused: {error}"))
     return grid
+
+
+def _whole(header: str = "") -> Column:
+    """A column whose cells take more lines where they are too long, as paths are: nothing of them is cut."""
+    return Column(header, overflow="fold")
 
 
 def _c_compiler(triton: Path) -> Text:
@@ -107,10 +113,11 @@ def _pair(config: RunConfig, console: Console) -> list[str]:
     from .tables import model_key
 
     names = {role: config.named(role) for role in ("teacher", "student")}
-    configs = {role: AutoConfig.from_pretrained(name) for role, name in names.items()}
-    tokenizers = {role: AutoTokenizer.from_pretrained(name) for role, name in names.items()}
-    problems: list[str] = []
-    grid = Grid("", "teacher", "student", title="pair", **_PLAIN)
+    configs, tokenizers, problems = dict[str, Any](), dict[str, Any](), list[str]()
+    for role, name in names.items():
+        with asked_of_the_hub(name):
+            configs[role], tokenizers[role] = AutoConfig.from_pretrained(name), AutoTokenizer.from_pretrained(name)
+    grid = Grid("", _whole("teacher"), _whole("student"), title="pair", **_PLAIN)
 
     def row(label: str, values: list[Any]) -> None:
         grid.add_row(label, *(Text(str(value)) for value in values))

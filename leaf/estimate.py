@@ -17,15 +17,16 @@ from typing import Any
 import torch
 from rich import box
 from rich.console import Console
+from rich.table import Column
 from rich.table import Table as Grid
 from transformers import AutoConfig, DynamicCache, PreTrainedConfig
 
 from leaf_kernels import SharedPrefixLayout
 from leaf_kernels.integrations.transformers import MassRecorder, check_model, packed_inputs, register
 
-from .config import RunConfig
+from .config import RunConfig, asked_of_the_hub
 from .data import Sample, Skip
-from .devices import GIB, USABLE, Device, device_named
+from .devices import GIB, MIB, USABLE, Device, device_named
 from .loading import without_attention_dropout
 from .objective import distillation, head_of, hidden_states
 from .pack import Collator, Group, Pack
@@ -79,7 +80,8 @@ def read_config(name: str) -> PreTrainedConfig:
         ValueError: none is there, transformers does not know its architecture, or LeaF cannot pack it.
     """
     try:
-        config = AutoConfig.from_pretrained(name)
+        with asked_of_the_hub(name):
+            config = AutoConfig.from_pretrained(name)
     except (OSError, KeyError, ValueError) as error:
         raise ValueError(
             f"{name}: no config that transformers knows: give a folder with a config.json, that file, or a hub id ({error})"
@@ -271,15 +273,19 @@ def estimator_of(config: RunConfig, workload: Workload | None = None) -> Estimat
 def report(estimator: Estimator, stages: Sequence[Stage], console: Console) -> None:
     """Prints a table of the stages, and what to change where one does not fit."""
     device, work = estimator.device, estimator.workload
+    unit, digits, name = (GIB, 2, "GiB") if max(stage.peak for stage in stages) >= GIB / 10 else (MIB, 1, "MiB")
     title = (
         f"{device.name}, {device.memory / GIB:.0f} GiB; frozen models in {str(estimator.dtype).removeprefix('torch.')}; "
-        f"{len(work.lengths)} rows of {max(work.lengths)} tokens in a pack; memory in GiB, time for {work.rows} rows"
+        f"{len(work.lengths)} rows of {max(work.lengths)} tokens in a pack; memory in {name}, time for {work.rows} rows"
     )
     sizes = ("weights", "state", "activations", "scratch", "peak")
-    grid = Grid("stage", *sizes, "time", "fits", title=title, box=box.SIMPLE, title_justify="left", title_style="bold")
+    # Fits into 80 columns: there names and times take more lines, and nothing is cut
+    style: dict[str, Any] = {"box": box.SIMPLE, "title_justify": "left", "title_style": "bold"}
+    names = Column("stage", overflow="fold", min_width=13)
+    grid = Grid(names, *sizes, "time", "fits", title=title, collapse_padding=True, **style)
     for stage in stages:
-        numbers = [f"{getattr(stage, name) / GIB:.2f}" for name in sizes]
-        grid.add_row(stage.name, *numbers, _range(stage.seconds), "yes" if device.holds(stage.peak) else "no")
+        shown = [f"{getattr(stage, size) / unit:.{digits}f}" for size in sizes]
+        grid.add_row(stage.name, *shown, _range(stage.seconds), "yes" if device.holds(stage.peak) else "no")
     console.print(grid)
     console.print(
         "state: gradients and AdamW. activations: checkpoints and KV cache too. Memory is what tensors take; the rest of a "

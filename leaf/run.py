@@ -20,7 +20,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 from . import __version__, graders
 from .cache import Responses
-from .config import STAGES, RunConfig
+from .config import STAGES, RunConfig, asked_of_the_hub
 from .data import DifferentTokenizers, Encoder, Row, Skip, check_pair, read_rows
 from .generate import check_vllm, free_memory, generate, load_vllm
 from .loading import check_loading, load_model, most
@@ -76,8 +76,10 @@ def read(config: RunConfig, data: str | None) -> Iterator[Row | Skip]:
 
 def make_encoder(config: RunConfig) -> Encoder:
     """Renders and tokenizes with the student's tokenizer."""
+    with asked_of_the_hub(name := config.named("student")):
+        tokenizer = AutoTokenizer.from_pretrained(name)
     return Encoder(
-        AutoTokenizer.from_pretrained(config.named("student")),
+        tokenizer,
         max_length=config.max_length,
         truncate=config.truncate,
         chat_template=config.chat_template,
@@ -183,7 +185,8 @@ class Run:
     @functools.cached_property
     def reader(self) -> Encoder | None:
         """How the teacher reads what the student's template writes; None where both have one tokenizer."""
-        tokenizer = AutoTokenizer.from_pretrained(self.name("teacher"))
+        with asked_of_the_hub(name := self.name("teacher")):
+            tokenizer = AutoTokenizer.from_pretrained(name)
         try:
             check_pair(self.encoder.tokenizer, tokenizer)
         except DifferentTokenizers:

@@ -25,6 +25,8 @@ import pyarrow.parquet as pq
 
 from leaf_kernels.packing import deal
 
+from .config import asked_of_the_hub
+
 MANIFEST = "manifest.json"
 SHARD_UNITS = 256  # what a killed stage loses at most
 # The same where units have sizes. A smaller table is cut into so many shards that it can still be dealt out.
@@ -230,7 +232,8 @@ def model_key(name: str) -> str:
     if not folder.is_dir():
         from transformers import AutoConfig
 
-        return f"{name}@{AutoConfig.from_pretrained(name)._commit_hash}"
+        with asked_of_the_hub(name):
+            return f"{name}@{AutoConfig.from_pretrained(name)._commit_hash}"
     total = hashlib.sha256()
     weights = sorted([*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin")])
     texts = sorted(path for path in folder.iterdir() if path.suffix in (".json", ".jinja", ".model", ".txt"))

@@ -184,7 +184,7 @@ def test_what_was_not_measured_is_neither_passed_nor_failed():
 # -- a run -------------------------------------------------------------------------------------------------------------
 
 
-def test_a_run_measures_goes_on_and_fills_its_table(quick, tmp_path, capsys, monkeypatch):
+def test_a_run_measures_goes_on_and_fills_its_table(quick, tmp_path, monkeypatch):
     path = tmp_path / "some-gpu" / "e2e.json"
     assert e2e.run(path, CPU, 120, commit="a", only=["step"])
     first = json.loads(path.read_text())["rows"]
@@ -206,7 +206,7 @@ def test_a_run_measures_goes_on_and_fills_its_table(quick, tmp_path, capsys, mon
     assert sorted(lengths) == [(name, n, True) for name in ("leaf", "released") for n in (16, 32)]
     for row in both["rows"]:
         assert "fits" not in row or {"gate", "loss_error", "gradient_error"} <= set(row)
-    assert "longest context, leaf: at least 32 tokens" in capsys.readouterr().out
+    assert "longest context, leaf: at least 32 tokens" in list(e2e.summary(both["rows"]))
 
     for row in both["rows"]:
         row |= {"driver": "x", "power_limit_w": "x"}

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import gpu
+from benchmarks import gpu, tables
 
 CPU = torch.device("cpu")
 
@@ -175,6 +175,35 @@ def test_check_records_every_test_and_runs_only_what_is_left(tests, tmp_path, ca
     # Other code is tested from the start
     assert gpu.check(started(folder, commit="b"))
     assert (tmp_path / "runs").read_text() == "a;b c;a;b c;"
+
+
+FIRST_CALLS = """
+import json, os
+from pathlib import Path
+
+def test_first_calls():
+    seconds = {"Triton's own start": {"carried": 0.5, "compiled": 0.5}, "scores": {"carried": 1.25, "compiled": 9.0}}
+    file = Path(os.environ["LEAF_FIRST_CALLS"])
+    file.write_text(json.dumps({"seconds": seconds, "compiled_though_carried": COMPILED}))
+    assert not COMPILED
+"""
+
+
+@pytest.mark.parametrize(("compiled", "verdict"), [([], "reached"), (["forward"], "missed")])
+def test_first_calls_are_kept_judged_and_have_a_table(tests, tmp_path, capsys, compiled, verdict):
+    folder = tmp_path / "some-gpu"
+    assert "Not measured yet" in tables.gpu_first_calls(tmp_path)
+    tests.write_text(f"COMPILED = {compiled}\n{FIRST_CALLS}")
+    assert gpu.check(started(folder)) is not bool(compiled)
+    assert f"longest first call, s: 1.75, wanted at most 2.00: {verdict}" in capsys.readouterr().out
+    tests.write_text("def test_other(): pass")  # the next call keeps them: what passed does not run again
+    gpu.check(started(folder))
+    table = tables.gpu_first_calls(tmp_path)
+    assert f"| D4 | fresh process | longest first call, s | 1.75 | ≤ 2.00 | ≤ 0.50 | – | {verdict} |" in table
+    assert f"compiled though the wheel carries it: {', '.join(compiled) or 'nothing'}." in table
+    assert "| scores | 1.25 | 9.00 |" in table
+    gpu.check(started(folder, commit="b"))  # other code: its own or none
+    assert "Not measured yet" in tables.gpu_first_calls(tmp_path)
 
 
 def test_check_that_is_cut_keeps_what_it_has_and_is_not_done(tests, tmp_path, monkeypatch):

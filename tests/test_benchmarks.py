@@ -283,6 +283,69 @@ def test_a_case_that_fails_takes_no_other_with_it(quick, tmp_path, monkeypatch, 
     assert json.loads(path.read_text())["rows"] == rows
 
 
+class Named(NamedTuple):
+    name: str
+
+    def tiny(self):
+        return self
+
+
+def test_what_cuda_was_lost_to_is_measured_again_after_what_was_not_reached(tmp_path, monkeypatch, capsys):
+    path, cases, ran, lost = tmp_path / "some.json", [Named("a"), Named("b"), Named("c")], [], ["b"]
+    monkeypatch.setattr(timing, "anchors", lambda device, deadline: {"copy_gb_s": 1.0, "matmul_tflop_s": 2.0})
+    monkeypatch.setattr(timing, "usable", lambda device: ran[-1] not in lost)
+
+    def measure(case, deadline):
+        ran.append(case.name)
+        yield {"case": case.name, "provider": "peer", "absent": "ModuleNotFoundError: no peer"}
+        if case.name in lost:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        yield {"case": case.name, "provider": "leaf", "ms": 1.0}
+
+    def run() -> bool:
+        where = {"gpu": "none", "commit": "a"}
+        return timing.run_cases(path, CPU, 60, where, cases, measure, resume=True, only=())
+
+    assert not run()
+    assert ran == ["a", "b"], "nothing is tried without CUDA"
+    out = capsys.readouterr().out
+    assert "b: leaf is absent: RuntimeError: CUDA error: an illegal memory access" in out
+    assert "still to measure: b, c" in out
+    assert not run()
+    assert ran[2:] == ["c", "b"], "one that fails every time keeps no other from being measured"
+    lost.clear()
+    assert run()
+    assert ran[4:] == ["b"], "what has its reason to be absent is not tried again"
+    rows = json.loads(path.read_text())["rows"]
+    found = sorted((row["case"], row["provider"], "absent" in row) for row in rows if row["case"] != "anchors")
+    assert found == [(name, *own) for name in "abc" for own in (("leaf", False), ("peer", True))]
+    assert not any("lost" in row for row in rows)
+
+
+def test_cuda_is_lost_where_it_fails_whatever_is_asked(monkeypatch):
+    def fail(device):
+        raise RuntimeError("CUDA error: device-side assert triggered")
+
+    assert timing.usable(CPU)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    assert timing.usable(torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "synchronize", fail)
+    assert not timing.usable(torch.device("cuda"))
+
+
+@pytest.mark.parametrize(("gpu", "said"), [("none", False), ("some GPU", True)])
+def test_verdicts_are_printed_for_a_gpu_only(tmp_path, monkeypatch, capsys, gpu, said):
+    monkeypatch.setattr(timing, "anchors", lambda *_: {"copy_gb_s": 1.0, "matmul_tflop_s": 2.0})
+    row = {"case": "a", "mode": "step", "provider": "leaf", "ms": 2.0, "flop": 1e9}
+    timing.run_cases(
+        tmp_path / "some.json", CPU, 60, {"gpu": gpu}, [Named("a")], lambda *_: [row],
+        summary=lambda rows: ["D3  a: reached"], resume=False, only=(),
+    )  # fmt: skip
+    out = capsys.readouterr().out
+    assert ("D3  a: reached" in out, "of the roofline" in out) == (said, said)
+    assert "complete" in out
+
+
 FILES = {
     "attention": attention,
     "attention_mass": attention_mass,

@@ -108,6 +108,8 @@ def test_models_that_cannot_be_used(leaf: Leaf) -> None:
         ({"student": leaf.model("plain", tokenizer=tiny.tokenizer(None))}, "the tokenizer has no chat template"),
         ({"student": leaf.model("slow", tokenizer=ByT5Tokenizer())}, "is a slow tokenizer"),
         ({"student": str(leaf.folder / "absent")}, "student: there is no folder"),
+        ({"student": "mistyped"}, "there is no folder 'mistyped' here, and as a hub id: "),
+        ({"teacher": "models/mistyped"}, "there is no folder 'models/mistyped' here, and as a hub id: "),
     ):
         before = leaf.pair
         leaf.pair = {**before, **pair}

@@ -2,8 +2,9 @@
 
     pytest -m gpu tests/kernels/test_precompiled_gpu.py
 
-Says how long the first call of each op took there, as it is served and as it is compiled. Triton's own start, once for a
-process, is apart: with an empty cache it compiles its launcher in C, which no wheel can bring.
+Says how long the first call of each op took there, as it is served and as it is compiled; in the file that LEAF_FIRST_CALLS
+names too. Triton's own start, once for a process, is apart: with an empty cache it compiles its launcher in C, which no
+wheel can bring.
 """
 
 from __future__ import annotations
@@ -19,10 +20,18 @@ import pytest
 import torch
 from gpu import GPU_ONLY
 
+from benchmarks.timing import write_json
 from leaf_kernels.testing.offline import CAPABILITY
 
-pytestmark = GPU_ONLY
 pytest.importorskip("triton", reason="launches kernels")
+
+
+def on_gpu(test: Any) -> Any:
+    """A test that needs a GPU; that of the file needs none."""
+    for mark in GPU_ONLY:
+        test = mark(test)
+    return test
+
 
 CALLS = """
 import json, sys, time
@@ -75,6 +84,7 @@ def run(code: str, *arguments: str, cache: Path) -> Any:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@on_gpu
 def test_a_fresh_process_compiles_nothing_that_is_carried(tmp_path, request):
     arch = "sm_{}{}".format(*torch.cuda.get_device_capability())
     if arch not in CAPABILITY:
@@ -87,5 +97,27 @@ def test_a_fresh_process_compiles_nothing_that_is_carried(tmp_path, request):
     say(f"\nfirst calls on {torch.cuda.get_device_name()}, seconds: carried, compiled")
     for name, seconds in served.items():
         say(f"  {name}: {seconds:.2f}, {fresh[name]:.2f}")
+    if path := os.environ.get("LEAF_FIRST_CALLS"):
+        seconds = {name: {"carried": served[name], "compiled": fresh[name]} for name in served}
+        write_json(Path(path), {"seconds": seconds, "compiled_though_carried": compiled})
     assert compiled == []
     assert len(all_compiled) >= len(list(carried.iterdir()))
+
+
+def test_what_was_measured_is_written(tmp_path, request, monkeypatch):
+    """With a stand-in for the processes on a GPU."""
+    first_calls, launched = tmp_path / "first_calls.json", iter([0.5, 4.0])
+
+    def processes(code, *arguments, cache):
+        return [{"Triton's own start": 0.25, "scores": next(launched)}, ["forward"]] if code is LAUNCH else None
+
+    monkeypatch.setitem(globals(), "run", processes)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    monkeypatch.setenv("LEAF_FIRST_CALLS", str(first_calls))
+    with pytest.raises(AssertionError, match="forward"):  # a kernel that is carried was compiled
+        test_a_fresh_process_compiles_nothing_that_is_carried(tmp_path, request)
+    written = json.loads(first_calls.read_text())
+    assert written["seconds"]["Triton's own start"] == {"carried": 0.25, "compiled": 0.25}
+    assert written["seconds"]["scores"] == {"carried": 0.5, "compiled": 4.0}
+    assert written["compiled_though_carried"] == ["forward"]

@@ -15,8 +15,8 @@ from leaf import doctor, sandbox
 from leaf.config import RunConfig
 
 
-def check(**options: Any) -> tuple[bool, str]:
-    console = Console(file=io.StringIO(), width=200)
+def check(width: int = 200, **options: Any) -> tuple[bool, str]:
+    console = Console(file=io.StringIO(), width=width)
     ok = doctor.check(RunConfig.from_mapping(options), console)
     return ok, console.file.getvalue()  # type: ignore[attr-defined]
 
@@ -65,6 +65,27 @@ def test_whether_generated_code_can_be_run(monkeypatch: pytest.MonkeyPatch) -> N
     ok, shown = check()
     assert ok  # nothing else needs it
     assert "--grader python is refused: not safely [enough] here" in shown
+
+
+def test_long_paths_are_shown_whole(tmp_path: pathlib.Path) -> None:
+    folder = tmp_path / "-".join(["experiment"] * 9)
+    shown = check(width=80, teacher=save(folder / "t", seed=1), student=save(folder / "s", seed=0))[1]
+    assert "…" not in shown
+    (header,) = (line for line in shown.splitlines() if line.strip().startswith("teacher "))
+    teacher, student = header.index("teacher"), header.index("student")
+    lines = shown[shown.index("  model ") : shown.index("  architecture ")].splitlines()
+    cells = zip(*((line[teacher:student].strip(), line[student:].strip()) for line in lines))
+    assert ["".join(column) for column in cells] == [str(folder / "t"), str(folder / "s")]
+
+
+@pytest.mark.parametrize("name", ["mistyped", "models/mistyped"])
+def test_a_name_that_is_neither_a_folder_nor_on_the_hub(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(OSError, match=f"there is no folder '{name}' here, and as a hub id: .*huggingface.co"):
+        check(teacher=name, student=name)
+    for path in (f"./{name}", f"../{name}"):
+        with pytest.raises(ValueError, match="teacher: there is no folder"):
+            check(teacher=path, student=path)
 
 
 def test_a_good_pair_and_its_rows(tmp_path: pathlib.Path, pair: dict[str, str]) -> None:

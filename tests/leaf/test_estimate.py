@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import itertools
 import json
 import pathlib
 import subprocess
@@ -10,11 +12,12 @@ import sys
 import pytest
 import tiny
 import torch
+from rich.console import Console
 from transformers import PreTrainedConfig
 
 from leaf import cli
 from leaf.devices import GPUS, device_named
-from leaf.estimate import Estimator, Workload, counterfactual_groups, half_response, read_config
+from leaf.estimate import Estimator, Stage, Workload, counterfactual_groups, half_response, read_config, report
 from leaf.sensitivity import Scorer
 from leaf.trainer import LeafArguments, LeafTrainer
 from leaf_kernels.testing import record_peak_bytes
@@ -139,6 +142,22 @@ def test_command(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> 
     assert "did you mean 'h100'" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("weights", "shown", "unit"), [(2**20, "1.0", "MiB"), (2**30, "1.00", "GiB")])
+def test_a_narrow_terminal_cuts_nothing_and_small_models_have_a_size(weights: int, shown: str, unit: str) -> None:
+    name = "distil, gradient_checkpointing"
+    console = Console(file=io.StringIO(), width=80)
+    report(estimator(config()), [Stage(name, weights, 0, 0, (0.00015, 0.00046))], console)
+    out = console.file.getvalue()  # type: ignore[attr-defined]
+    assert f"memory in {unit}" in " ".join(out.split())
+    (header,) = (line for line in out.splitlines() if line.split()[:1] == ["stage"])
+    column = [line[: header.index("weights")].split() for line in out.splitlines()]
+    assert "".join(itertools.chain(*column)).count(name.replace(" ", "")) == 1, out
+    assert "…" not in out
+    (row,) = (line for line in out.splitlines() if line.split()[:1] == ["distil,"])
+    assert row.split()[1] == shown
+    assert "0.00015 to" in row
+
+
 @pytest.mark.parametrize(
     ("stage", "remedy"),
     [
@@ -148,7 +167,7 @@ def test_command(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> 
     ],
 )
 def test_what_does_not_fit(stage: str, remedy: str) -> None:
-    from leaf.estimate import Stage, _remedy
+    from leaf.estimate import _remedy
 
     device = GPUS["l4"]
     assert remedy in _remedy(Stage(stage, 2**30, 2**40, 0, (1, 2)), device)

@@ -108,13 +108,14 @@ TILES: dict[str, dict[str, dict[int, tuple[Tile, Tile]]]] = {
         },
         "backward_kv": {
             64: (Tile(64, 32, 8, 2), Tile(16, 64, 8, 2)),
+            96: (Tile(32, 64, 8, 2), Tile(32, 64, 8, 2)),  # masked columns take registers
             128: (Tile(64, 64, 8, 2), Tile(32, 64, 8, 2)),
             256: (Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),
         },
         "mass": {
             64: (Tile(64, 64, 8, 2), Tile(64, 32, 8, 2)),
             128: (Tile(64, 64, 4, 2), Tile(32, 32, 8, 1)),
-            256: (Tile(64, 64, 8, 2), Tile(64, 64, 8, 2)),
+            256: (Tile(64, 64, 8, 2), Tile(64, 32, 8, 2)),
         },
     },
 }

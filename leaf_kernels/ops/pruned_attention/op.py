@@ -75,7 +75,7 @@ def row_terms(
     denominator = torch.empty(key_heads, N * group, dtype=torch.float32, device=out.device)
     delta = torch.empty_like(denominator)
     dsink_rows = torch.empty_like(delta) if sinks is not None else None
-    block = 32
+    block = 2048 // block_d(D)  # 16 elements of each tensor per thread, few registers for any head size
     launch(
         kernels.row_terms, -(-N * heads // block),
         out, dout, lse, dlse, contiguous(sinks), denominator, delta, dsink_rows,
