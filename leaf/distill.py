@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import logging
 import pathlib
 import shutil
 from collections.abc import Sequence
@@ -12,10 +11,12 @@ from typing import Any
 
 import pyarrow as pa
 import torch
+from accelerate.utils import broadcast_object_list
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback
 
 from .banner import Banner
 from .card import run_card
+from .checkpoint import full_disk, last_whole
 from .config import CACHED, RunConfig, did_you_mean
 from .pack import build_groups
 from .run import Produced, Run, Ui, device_of
@@ -23,8 +24,10 @@ from .tables import Table, digest, open_table
 from .teacher import TeacherCache
 from .trainer import LeafArguments, LeafTrainer
 
-logger = logging.getLogger(__name__)
-
+REMEDY = (
+    "make room, or give --output on a larger disk (save_total_limit: 1 in `training` keeps one checkpoint), and run the same "
+    "command again: what is whole stays, and training goes on from the last whole checkpoint"
+)
 TRAINING_LOG = pa.schema([("step", pa.int64()), ("entry", pa.string())])
 
 
@@ -53,19 +56,24 @@ def distill(run: Run) -> Table:
         )
         trainer.add_callback(Banner(trainer, run.ui.show))
         _report_progress(trainer, run.ui)
-        last = _last_checkpoint(checkpoints)
+        found = last_whole(checkpoints, run.ui.say) if run.is_writer else None
+        (last,) = broadcast_object_list([found and str(found)])  # all ranks resume from what rank 0 finds whole
         if last:
-            run.ui.say(f"distill: resumed from {last.name}")
-        result = trainer.train(resume_from_checkpoint=str(last) if last else None)
+            run.ui.say(f"distill: resumed from {pathlib.Path(last).name}")
+        with full_disk(run.folder, REMEDY):
+            result = trainer.train(resume_from_checkpoint=last)
         rate = f"learning rate {arguments.learning_rate:g}"
         run.ui.say(f"distill: {result.global_step} steps at {rate}, mean loss {result.training_loss:.4g}")
         unfinished = run.folder / "model.tmp"
-        trainer.save_model(str(unfinished))  # every rank: a sharded model is gathered from all
-        if run.is_writer:
-            named = {role: run.name(role) for role in ("student", "teacher")}
-            run_card(trainer, unfinished, scores=scores, counterfactuals=counterfactuals, data=run.config.data, **named)
-            shutil.rmtree(run.folder / "model", ignore_errors=True)
-            unfinished.rename(run.folder / "model")
+        with full_disk(run.folder, REMEDY):
+            if run.is_writer:
+                shutil.rmtree(unfinished, ignore_errors=True)  # of a run that was killed
+            trainer.save_model(str(unfinished))  # every rank: a sharded model is gathered from all
+            if run.is_writer:
+                named = {role: run.name(role) for role in ("student", "teacher")}
+                read = {"scores": scores, "counterfactuals": counterfactuals, "data": run.config.data}
+                run_card(trainer, unfinished, **read, **named)
+                _replace(run.folder / "model", unfinished)
         log = trainer.state.log_history
         counts = {"groups": len(groups), "steps": trainer.state.global_step}
         yield [{"step": entry["step"], "entry": json.dumps(entry)} for entry in log], counts
@@ -114,15 +122,14 @@ def training_arguments(config: RunConfig, folder: pathlib.Path) -> LeafArguments
     return LeafArguments(**own, **config.training)
 
 
-def _last_checkpoint(folder: pathlib.Path) -> pathlib.Path | None:
-    """The newest checkpoint that is whole: its trainer_state.json is written last."""
-    steps = {}
-    for path in folder.glob("checkpoint-*/trainer_state.json"):
-        try:
-            steps[json.loads(path.read_text())["global_step"]] = path.parent
-        except json.JSONDecodeError:
-            logger.warning("%s is cut off; an older checkpoint is used", path.parent)
-    return steps[max(steps)] if steps else None
+def _replace(folder: pathlib.Path, new: pathlib.Path) -> None:
+    """`new` becomes `folder`, which is whole whenever it is there."""
+    old = folder.with_name(f"{folder.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.rename(old)
+    new.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _report_progress(trainer: Trainer, ui: Ui) -> None:

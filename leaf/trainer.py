@@ -19,6 +19,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from leaf_kernels.integrations.transformers import NAME, check_model, register
 
 from .card import model_card
+from .checkpoint import FILES, vouch
 from .checks import check_cache, check_engine, refuse_attention_dropout, refuse_without_values, settle
 from .metrics import Interval
 from .objective import Distillation, Head, check_head, coefficients, distillation, head_of, hidden_states, install
@@ -385,12 +386,28 @@ class LeafTrainer(Trainer):
 
         Collective: every rank calls it.
         """
+        if _internal_call and self.args.should_save:  # a checkpoint is written anew
+            (Path(output_dir or str(self.args.output_dir)) / FILES).unlink(missing_ok=True)
         if self.is_fsdp_enabled and not _internal_call:
             state = self.accelerator.get_state_dict(self.model)
             if self.args.should_save:
                 self._save(output_dir or self.args.output_dir, state_dict=state)
         else:
             super().save_model(output_dir, _internal_call)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """The last file of each rank. The Trainer waits for none before it removes older checkpoints."""
+        super()._save_rng_state(output_dir)
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            vouch(Path(output_dir))
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """Resumed from its last step in the midst of an epoch, the Trainer would take one more."""
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(*args, **kwargs)
+        else:
+            self.control.should_training_stop = True
 
 
 class _Loader(DataLoader):
