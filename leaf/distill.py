@@ -24,9 +24,9 @@ from .tables import Table, digest, open_table
 from .teacher import TeacherCache
 from .trainer import LeafArguments, LeafTrainer
 
-REMEDY = (
-    "make room, or give --output on a larger disk (save_total_limit: 1 in `training` keeps one checkpoint), and run the same "
-    "command again: what is whole stays, and training goes on from the last whole checkpoint"
+FULL = (
+    "make room (save_total_limit: 1 in `training` keeps one checkpoint) and run the same command again; what is whole "
+    "stays, and training goes on from the last whole checkpoint"
 )
 TRAINING_LOG = pa.schema([("step", pa.int64()), ("entry", pa.string())])
 
@@ -56,29 +56,27 @@ def distill(run: Run) -> Table:
         )
         trainer.add_callback(Banner(trainer, run.ui.show))
         _report_progress(trainer, run.ui)
+        unfinished = run.folder / "model.tmp"
+        if run.is_writer:
+            shutil.rmtree(unfinished, ignore_errors=True)  # of a run that was killed
         found = last_whole(checkpoints, run.ui.say) if run.is_writer else None
         (last,) = broadcast_object_list([found and str(found)])  # all ranks resume from what rank 0 finds whole
         if last:
             run.ui.say(f"distill: resumed from {pathlib.Path(last).name}")
-        with full_disk(run.folder, REMEDY):
-            result = trainer.train(resume_from_checkpoint=last)
+        result = trainer.train(resume_from_checkpoint=last)
         rate = f"learning rate {arguments.learning_rate:g}"
         run.ui.say(f"distill: {result.global_step} steps at {rate}, mean loss {result.training_loss:.4g}")
-        unfinished = run.folder / "model.tmp"
-        with full_disk(run.folder, REMEDY):
-            if run.is_writer:
-                shutil.rmtree(unfinished, ignore_errors=True)  # of a run that was killed
-            trainer.save_model(str(unfinished))  # every rank: a sharded model is gathered from all
-            if run.is_writer:
-                named = {role: run.name(role) for role in ("student", "teacher")}
-                read = {"scores": scores, "counterfactuals": counterfactuals, "data": run.config.data}
-                run_card(trainer, unfinished, **read, **named)
-                _replace(run.folder / "model", unfinished)
+        trainer.save_model(str(unfinished))  # every rank: a sharded model is gathered from all
+        if run.is_writer:
+            named = {role: run.name(role) for role in ("student", "teacher")}
+            run_card(trainer, unfinished, scores=scores, counterfactuals=counterfactuals, data=run.config.data, **named)
+            _replace(run.folder / "model", unfinished)
         log = trainer.state.log_history
         counts = {"groups": len(groups), "steps": trainer.state.global_step}
         yield [{"step": entry["step"], "entry": json.dumps(entry)} for entry in log], counts
 
-    return run.table("distill", key, TRAINING_LOG, [None], train, collective=True)
+    with full_disk(run.folder, FULL):
+        return run.table("distill", key, TRAINING_LOG, [None], train, collective=True)
 
 
 def load_teacher(run: Run) -> PreTrainedModel | TeacherCache:
