@@ -64,8 +64,10 @@ def distill(run: Run) -> Table:
         if last:
             run.ui.say(f"distill: resumed from {pathlib.Path(last).name}")
         result = trainer.train(resume_from_checkpoint=last)
-        rate = f"learning rate {arguments.learning_rate:g}"
-        run.ui.say(f"distill: {result.global_step} steps at {rate}, mean loss {result.training_loss:.4g}")
+        mean = (
+            "" if last else f", mean loss {result.training_loss:.4g}"
+        )  # the Trainer knows those of its own steps only
+        run.ui.say(f"distill: {result.global_step} steps at learning rate {arguments.learning_rate:g}{mean}")
         trainer.save_model(str(unfinished))  # every rank: a sharded model is gathered from all
         if run.is_writer:
             named = {role: run.name(role) for role in ("student", "teacher")}

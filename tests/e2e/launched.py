@@ -1,8 +1,8 @@
 """`leaf` on two gloo ranks under torchrun, which is what `accelerate launch` runs; and how a rank is killed there.
 
-Run as a script it is `leaf`, but for the rank and place that DIE names: in "1:checkpoint-4/rng_state_1.pth" that rank dies of
-SIGKILL when half of the file is written, in "all:step-3" every rank does in the midst of the third step, and in "0:model.old"
-when that folder was renamed.
+Run as a script it is `leaf`, but for the rank and place that DIE names: with "1:checkpoint-4/rng_state_1.pth" rank 1 dies of
+SIGKILL when it has written half of that file, with "all:step-3" every rank does in the third step, with "0:model.old" rank
+0 when it has given a folder that name; "1:after-0.5" is half a second after its first step began.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import pathlib
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -65,7 +66,15 @@ def dies(place: str) -> None:
     def here(path: Any) -> bool:
         return place in str(path)
 
-    around(LeafTrainer, "training_step", lambda self, *_: here(f"step-{self.state.global_step + 1}") and die())
+    def step(trainer: Any, *_: Any) -> None:
+        if here(f"step-{trainer.state.global_step + 1}"):
+            die()
+        if place.startswith("after-") and timer.ident is None:
+            timer.start()
+
+    timer = threading.Timer(float(place.removeprefix("after-")) if place.startswith("after-") else 0, die)
+    timer.daemon = True
+    around(LeafTrainer, "training_step", step)
     around(torch, "save", after=lambda _, path, *__: here(path) and cut(path))
     around(TrainerState, "save_to_json", after=lambda _, path: here(path) and cut(path))
     around(

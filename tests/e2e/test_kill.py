@@ -6,7 +6,6 @@ import json
 import pathlib
 import random
 import shutil
-import time
 from typing import Any
 
 import pytest
@@ -15,9 +14,11 @@ from launched import leaf
 from safetensors.torch import load_file
 from small import word_problems, write_rows
 
+from leaf.checkpoint import damage
 from leaf.config import RunConfig
 from leaf.run import run_stages
 from leaf.tables import open_table
+from leaf.teacher import TeacherCache
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 
@@ -93,9 +94,7 @@ def test_a_run_that_is_killed_again_and_again(
     (folder / "model" / "earlier").touch()
     command = ("distill", "--config", prepared / "run.yaml", "--output", folder)
     for n, (die, _, _) in enumerate([*DEATHS, ("", None, "")]):
-        begun = time.monotonic()
         done = leaf(*command, die=die)
-        print(die, f"{time.monotonic() - begun:.1f} s", done.stderr)
         resumed, passed = DEATHS[n - 1][1:] if n else (None, "")
         if resumed is None:
             assert "resumed from" not in done.stderr, die
@@ -109,3 +108,53 @@ def test_a_run_that_is_killed_again_and_again(
                 "it stays until the new one is whole"
             )
     assert_same_training(folder, whole)
+
+
+def test_kills_at_any_time(prepared: pathlib.Path, whole: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    """A checkpoint after every step, and one kept; whoever dies wherever the ranks are."""
+    folder = shutil.copytree(prepared / "run", tmp_path / "run")
+    options = json.loads((prepared / "run.yaml").read_text())
+    options["training"] |= {"save_steps": 1, "save_total_limit": 1}
+    (tmp_path / "run.yaml").write_text(json.dumps(options))
+    command = ("distill", "--config", tmp_path / "run.yaml", "--output", folder)
+    draw, killed = random.Random(0), 0
+    for who in ("0", "1", "all", "0"):
+        before = checkpoints(folder)
+        killed += leaf(*command, die=f"{who}:after-{draw.uniform(0, 1.2):.2f}").returncode != 0
+        after = checkpoints(folder)
+        assert not before or (after and max(after) >= max(before)), "the only whole checkpoint was removed"
+    assert killed > 1
+    done = leaf(*command)
+    assert done.returncode == 0, done.stderr
+    assert_same_training(folder, whole)
+
+
+def checkpoints(folder: pathlib.Path) -> list[int]:
+    """Steps of those that are whole."""
+    found = folder.glob("checkpoints/*/checkpoint-*")
+    return [int(path.name.rpartition("-")[2]) for path in found if damage(path) is None]
+
+
+def test_caching(prepared: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    """Whose file it is dies in the midst of it; what was written is not computed again."""
+    for name in ("whole", "run"):
+        shutil.copytree(prepared / "run", tmp_path / name)
+    options = ("--config", prepared / "run.yaml", "--teacher-mode", "cached_hidden")
+    options += ("--max-tokens", 40)  # a row a pack: four files, two of each rank
+    command = ("cache", *options, "--output", tmp_path / "run")
+    done = leaf("cache", *options, "--output", tmp_path / "whole")
+    assert done.returncode == 0, done.stderr
+    for die in ("all:part-00003", "all:.safetensors"):
+        assert leaf(*command, die=die).returncode != 0
+        with pytest.raises(ValueError, match="cache is unfinished"):
+            TeacherCache(tmp_path / "run" / "cache")
+        refused = leaf("distill", *options, "--output", tmp_path / "run", ranks=1)
+        assert (refused.returncode, "run `leaf cache` again, it goes on" in refused.stderr) == (2, True), refused.stderr
+    done = leaf(*command)
+    assert done.returncode == 0, done.stderr
+    assert "cache: resumed after" in done.stderr
+    tables = [open_table(tmp_path / name / "cache") for name in ("whole", "run")]
+    assert tables[0].rows() == tables[1].rows(), "places and checksums of all that the teacher said"
+    contents = [{path.name: path.read_bytes() for path in table.path.glob("*.safetensors*")} for table in tables]
+    assert contents[0] == contents[1]
+    assert not list((tmp_path / "run" / "cache").glob("*.tmp"))
