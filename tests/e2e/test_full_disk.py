@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
-import os
 import pathlib
 import shutil
 import subprocess
@@ -13,9 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-from launched import ROOT
 from safetensors.torch import load_file
-from small import Said, word_problems, write_rows
+from launched import ROOT
+from small import Said, write_config
 from transformers import TrainerState
 
 from leaf import checkpoint, cli, tables
@@ -26,15 +24,13 @@ from leaf.trainer import LeafTrainer
 NO_SPACE = OSError(errno.ENOSPC, "No space left on device")
 
 
-@pytest.fixture
-def options(tmp_path: pathlib.Path, pair: dict[str, str]) -> dict[str, Any]:
-    """Of a run whose tables are there; also as tmp_path/run.yaml."""
-    options: dict[str, Any] = {**pair, "data": write_rows(tmp_path / "rows.jsonl", word_problems(4)), "device": "cpu"}
-    options |= {"select": "all", "verify": "none", "output": str(tmp_path / "run")}
-    options["training"] = {"max_steps": 3, "per_device_train_batch_size": 2, "learning_rate": 1e-2, "save_steps": 1}
-    (tmp_path / "run.yaml").write_text(json.dumps(options))  # JSON is YAML
-    run_stages(RunConfig.from_mapping(options), ("select", "score", "prune", "verify"))
-    return options
+TRAINING = {
+    "max_steps": 3,
+    "per_device_train_batch_size": 2,
+    "learning_rate": 1e-2,
+    "save_steps": 1,
+    "save_total_limit": 3,
+}
 
 
 # What safetensors, torch and the system say; see `test_a_disk_that_is_full` for the real ones
@@ -51,7 +47,7 @@ def options(tmp_path: pathlib.Path, pair: dict[str, str]) -> dict[str, Any]:
     ],
 )
 def test_errors_of_a_full_disk(error: BaseException, full: bool, tmp_path: pathlib.Path) -> None:
-    with pytest.raises(BaseException) as caught, checkpoint.full_disk(tmp_path, "make room"):  # noqa: PT011
+    with pytest.raises(BaseException) as caught, checkpoint.full_disk(tmp_path, "make room"):
         raise error
     if not full:
         assert caught.value is error
@@ -61,10 +57,12 @@ def test_errors_of_a_full_disk(error: BaseException, full: bool, tmp_path: pathl
     assert "MiB are free: make room (" in str(caught.value)
 
 
-@pytest.mark.parametrize("place", ["optimizer", "state", "model", "table"])
+@pytest.mark.parametrize(
+    "place", ["optimizer", *(pytest.param(name, marks=pytest.mark.slow) for name in ("state", "model", "table"))]
+)
 def test_training_goes_on_when_there_is_room(
     tmp_path: pathlib.Path,
-    options: dict[str, Any],
+    prepared: dict[str, Any],
     place: str,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -72,7 +70,7 @@ def test_training_goes_on_when_there_is_room(
     earlier = tmp_path / "run" / "model"
     earlier.mkdir()
     (earlier / "earlier").touch()
-    command = ["distill", "--config", str(tmp_path / "run.yaml")]
+    command = ["distill", "--config", write_config(tmp_path / "run.yaml", prepared | {"training": TRAINING})]
     save, model = torch.save, LeafTrainer._save
 
     def optimizer(content: Any, path: Any, *args: Any) -> None:
@@ -117,13 +115,18 @@ def test_training_goes_on_when_there_is_room(
     assert not list((tmp_path / "run").glob("model.*"))
 
 
+def in_pages(folder: pathlib.Path) -> int:
+    """What a folder takes of a tmpfs."""
+    return sum(-(-file.stat().st_size // 4096) for file in folder.rglob("*") if file.is_file()) * 4096
+
+
 # tmpfs in a mount namespace of its own: gone with the process, whatever becomes of it
 FULL = """
 set -e
 mount -t tmpfs -o size={size} tmpfs {disk}
 cp -r {run} {disk}/run
 set +e
-{python} -m leaf distill --config {config} --output {disk}/run
+cd {root} && {python} -m leaf distill --config {config} --output {disk}/run
 echo "exit code $?"
 cp -r {disk}/run {left}
 """
@@ -137,23 +140,24 @@ cp -r {disk}/run {left}
     reason="the kernel lets this user mount nothing",
 )
 @pytest.mark.parametrize("checkpoints", [0.5, 1.2, 1.6, 1.95, 3.2, 3.6])
-def test_a_disk_that_is_full(tmp_path: pathlib.Path, options: dict[str, Any], checkpoints: float) -> None:
+def test_a_disk_that_is_full(tmp_path: pathlib.Path, prepared: dict[str, Any], checkpoints: float) -> None:
     """Room for so many checkpoints; three are written, and the model."""
-    run = tmp_path / "run"
+    options = prepared | {"training": TRAINING}
+    run, config = tmp_path / "run", write_config(tmp_path / "run.yaml", options)
     whole = shutil.copytree(run, tmp_path / "whole")
     run_stages(RunConfig.from_mapping({**options, "output": str(whole)}), ("distill",))
-    (size,) = {sum(f.stat().st_size for f in c.iterdir()) for c in whole.glob("checkpoints/*/checkpoint-1")}
+    (size,) = map(in_pages, whole.glob("checkpoints/*/checkpoint-3"))
     (run / "model").mkdir()
     (run / "model" / "earlier").touch()
-    pages = sum(-(-file.stat().st_size // 4096) for file in run.rglob("*") if file.is_file()) * 4096
     (tmp_path / "disk").mkdir()
     script = FULL.format(
-        size=pages + int(checkpoints * size),
+        size=in_pages(run) + int(checkpoints * size),
         disk=tmp_path / "disk",
         run=run,
         left=tmp_path / "left",
-        config=tmp_path / "run.yaml",
+        config=config,
         python=sys.executable,
+        root=ROOT,
     )
     done = subprocess.run(
         ["unshare", "--mount", "--map-root-user", "sh", "-c", script],
@@ -161,7 +165,6 @@ def test_a_disk_that_is_full(tmp_path: pathlib.Path, options: dict[str, Any], ch
         text=True,
         check=False,
         timeout=240,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
     )
     assert "exit code 2" in done.stdout, done.stderr
     assert "Traceback" not in done.stderr

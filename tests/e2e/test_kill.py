@@ -12,11 +12,9 @@ import pytest
 import torch
 from launched import leaf
 from safetensors.torch import load_file
-from small import word_problems, write_rows
+from small import write_config
 
 from leaf.checkpoint import damage
-from leaf.config import RunConfig
-from leaf.run import run_stages
 from leaf.tables import open_table
 from leaf.teacher import TeacherCache
 
@@ -33,23 +31,15 @@ TRAINING = {
 
 
 @pytest.fixture(scope="module")
-def prepared(tmp_path_factory: pytest.TempPathFactory, pair: dict[str, str]) -> pathlib.Path:
-    """Options and tables of everything before the training."""
-    folder = tmp_path_factory.mktemp("prepared")
-    options: dict[str, Any] = {**pair, "data": write_rows(folder / "rows.jsonl", word_problems(4)), "device": "cpu"}
-    options |= {"select": "all", "verify": "none", "training": TRAINING}
-    (folder / "run.yaml").write_text(json.dumps(options))  # JSON is YAML
-    run_stages(
-        RunConfig.from_mapping({**options, "output": str(folder / "run")}), ("select", "score", "prune", "verify")
-    )
-    return folder
+def config(tmp_path_factory: pytest.TempPathFactory, tables: tuple[dict[str, Any], pathlib.Path]) -> str:
+    return write_config(tmp_path_factory.mktemp("kill") / "run.yaml", tables[0] | {"training": TRAINING})
 
 
 @pytest.fixture(scope="module")
-def whole(prepared: pathlib.Path) -> pathlib.Path:
+def whole(config: str, tables: tuple[dict[str, Any], pathlib.Path]) -> pathlib.Path:
     """An uninterrupted run."""
-    folder = shutil.copytree(prepared / "run", prepared / "whole")
-    done = leaf("distill", "--config", prepared / "run.yaml", "--output", folder)
+    folder = shutil.copytree(tables[1], pathlib.Path(config).with_name("whole"))
+    done = leaf("distill", "--config", config, "--output", folder)
     assert done.returncode == 0, done.stderr
     return folder
 
@@ -86,13 +76,11 @@ DEATHS = [
 ]
 
 
-def test_a_run_that_is_killed_again_and_again(
-    prepared: pathlib.Path, whole: pathlib.Path, tmp_path: pathlib.Path
-) -> None:
-    folder = shutil.copytree(prepared / "run", tmp_path / "run")
+def test_a_run_that_is_killed_again_and_again(config: str, whole: pathlib.Path, prepared: dict[str, Any]) -> None:
+    folder = pathlib.Path(prepared["output"])
     (folder / "model").mkdir()
     (folder / "model" / "earlier").touch()
-    command = ("distill", "--config", prepared / "run.yaml", "--output", folder)
+    command = ("distill", "--config", config, "--output", folder)
     for n, (die, _, _) in enumerate([*DEATHS, ("", None, "")]):
         done = leaf(*command, die=die)
         resumed, passed = DEATHS[n - 1][1:] if n else (None, "")
@@ -110,13 +98,11 @@ def test_a_run_that_is_killed_again_and_again(
     assert_same_training(folder, whole)
 
 
-def test_kills_at_any_time(prepared: pathlib.Path, whole: pathlib.Path, tmp_path: pathlib.Path) -> None:
+def test_kills_at_any_time(tmp_path: pathlib.Path, whole: pathlib.Path, prepared: dict[str, Any]) -> None:
     """A checkpoint after every step, and one kept; whoever dies wherever the ranks are."""
-    folder = shutil.copytree(prepared / "run", tmp_path / "run")
-    options = json.loads((prepared / "run.yaml").read_text())
-    options["training"] |= {"save_steps": 1, "save_total_limit": 1}
-    (tmp_path / "run.yaml").write_text(json.dumps(options))
-    command = ("distill", "--config", tmp_path / "run.yaml", "--output", folder)
+    folder = pathlib.Path(prepared["output"])
+    training = TRAINING | {"save_steps": 1, "save_total_limit": 1}
+    command = ("distill", "--config", write_config(tmp_path / "run.yaml", prepared | {"training": training}))
     draw, killed = random.Random(0), 0
     for who in ("0", "1", "all", "0"):
         before = checkpoints(folder)
@@ -135,11 +121,10 @@ def checkpoints(folder: pathlib.Path) -> list[int]:
     return [int(path.name.rpartition("-")[2]) for path in found if damage(path) is None]
 
 
-def test_caching(prepared: pathlib.Path, tmp_path: pathlib.Path) -> None:
+def test_caching(tmp_path: pathlib.Path, config: str, prepared: dict[str, Any]) -> None:
     """Whose file it is dies in the midst of it; what was written is not computed again."""
-    for name in ("whole", "run"):
-        shutil.copytree(prepared / "run", tmp_path / name)
-    options = ("--config", prepared / "run.yaml", "--teacher-mode", "cached_hidden")
+    shutil.copytree(prepared["output"], tmp_path / "whole")
+    options = ("--config", config, "--teacher-mode", "cached_hidden")
     options += ("--max-tokens", 40)  # a row a pack: four files, two of each rank
     command = ("cache", *options, "--output", tmp_path / "run")
     done = leaf("cache", *options, "--output", tmp_path / "whole")
