@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from launched import ROOT
+from safetensors.torch import load_file
 from small import Said, write_config
 from transformers import TrainerState
 
@@ -139,7 +139,7 @@ cp -r {disk}/run {left}
     else True,
     reason="the kernel lets this user mount nothing",
 )
-@pytest.mark.parametrize("checkpoints", [0.5, 1.2, 1.6, 1.95, 3.2, 3.6])
+@pytest.mark.parametrize("checkpoints", [0.5, 1.5, 3.1])
 def test_a_disk_that_is_full(tmp_path: pathlib.Path, prepared: dict[str, Any], checkpoints: float) -> None:
     """Room for so many checkpoints; three are written, and the model."""
     options = prepared | {"training": TRAINING}
@@ -168,8 +168,9 @@ def test_a_disk_that_is_full(tmp_path: pathlib.Path, prepared: dict[str, Any], c
     )
     assert "exit code 2" in done.stdout, done.stderr
     assert "Traceback" not in done.stderr
-    last = done.stderr.splitlines()[-1]
-    assert last.startswith(f"leaf distill: {tmp_path}/disk/run cannot be written to, 0.0 MiB are free: make room"), last
+    (error,) = [line for line in done.stderr.splitlines() if line.startswith("leaf distill: ")]
+    assert f"{tmp_path}/disk/run cannot be written to, 0." in error
+    assert "MiB are free: make room (" in error
     left = tmp_path / "left"
     assert (left / "model" / "earlier").exists()
 
