@@ -34,7 +34,7 @@ def tables(tmp_path_factory: pytest.TempPathFactory, pair: dict[str, str]) -> tu
     """Options of a run of four rows, and its folder with the tables of all that comes before the training."""
     folder = tmp_path_factory.mktemp("tables")
     options = {**pair, "data": write_rows(folder / "rows.jsonl", word_problems(4)), "device": "cpu"}
-    options |= {"select": "all", "verify": "none"}
+    options |= {"select": "all", "verify": "none", "max_new_tokens": 2}
     config = RunConfig.from_mapping({**options, "output": str(folder / "run")})
     run_stages(config, ("select", "score", "prune", "verify"))
     return options, folder / "run"
