@@ -119,7 +119,13 @@ def training_arguments(config: RunConfig, folder: pathlib.Path) -> LeafArguments
             raise ValueError(f"training: {name} is set by the run: use the option beside `training`, not inside it")
         if name not in known:
             raise ValueError(f"training: LeafArguments has no field {name!r}{did_you_mean(name, known)}")
-    return LeafArguments(**own, **config.training)
+    arguments = LeafArguments(**own, **config.training)
+    if arguments.eval_strategy != "no":
+        raise ValueError(
+            f"training: eval_strategy={arguments.eval_strategy.value}, but a run has no rows to evaluate on in between: leave it "
+            "out; `leaf eval` evaluates the model before and after"
+        )
+    return arguments
 
 
 def _replace(folder: pathlib.Path, new: pathlib.Path) -> None:
