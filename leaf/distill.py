@@ -120,10 +120,14 @@ def training_arguments(config: RunConfig, folder: pathlib.Path) -> LeafArguments
         if name not in known:
             raise ValueError(f"training: LeafArguments has no field {name!r}{did_you_mean(name, known)}")
     arguments = LeafArguments(**own, **config.training)
-    if arguments.eval_strategy != "no":
+    if config.training.get("eval_strategy", "no") != "no":
         raise ValueError(
-            f"training: eval_strategy={arguments.eval_strategy.value}, but a run has no rows to evaluate on in between: leave it "
-            "out; `leaf eval` evaluates the model before and after"
+            f"training: eval_strategy={config.training['eval_strategy']}, but a run evaluates before and after: leave it out"
+        )
+    if arguments.fsdp and (own["use_cpu"] or arguments.world_size == 1):
+        raise ValueError(
+            "training: fsdp divides the student among several GPUs, one for each process: leave it out, or use accelerate "
+            "launch --config_file with fsdp_version: 2"
         )
     return arguments
 
