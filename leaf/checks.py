@@ -2,43 +2,91 @@
 
 from __future__ import annotations
 
+import os
+from typing import TYPE_CHECKING
+
 import torch
+from accelerate import ParallelismConfig
+from accelerate.utils import str_to_bool
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel, Trainer
 
 from .objective import check_head
 from .teacher import TeacherCache
 
+if TYPE_CHECKING:
+    from .trainer import LeafArguments
 
-def check_engine(trainer: Trainer) -> None:
-    """Engines that would give another loss, no gradient, or no model in the end.
+
+def check_arguments(args: LeafArguments, *, spread_teacher: bool = False) -> None:
+    """What the arguments and the launcher's environment tell before a model is loaded: engines that would give another loss,
+    no gradient, or no model in the end.
+
+    spread_teacher: it takes the GPUs of this process that the student does not.
 
     Raises:
         ValueError: naming the remedy.
     """
-    args, accelerator = trainer.args, trainer.accelerator
-    if args.fsdp and not trainer.is_fsdp_enabled:
+    if args.n_gpu > 1 and not spread_teacher:
         raise ValueError(
-            f"fsdp={args.fsdp!r}, but accelerate shards on GPUs only and would train whole copies on {args.device.type}; "
-            "leave fsdp out"
+            f"{args.n_gpu} GPUs are visible to one process, which would start nn.DataParallel; launch with "
+            "`accelerate launch --multi_gpu -m leaf ...`, or choose one with CUDA_VISIBLE_DEVICES=0"
         )
-    if trainer.is_fsdp_enabled and not accelerator.is_fsdp2:
-        raise ValueError(
-            "FSDP1 shards weights that the losses read: use FSDP2 (fsdp_version: 2 in the accelerate config, or "
-            "fsdp_config={'version': 2})"
-        )
-    parallel = getattr(accelerator, "parallelism_config", None)
-    sizes = {name: getattr(parallel, f"{name}_size", 1) for name in ("tp", "cp", "sp")} if parallel else {}
+    args._n_gpu = min(args.n_gpu, 1)
+    if args.fsdp or _is_set("ACCELERATE_USE_FSDP"):
+        version = (args.fsdp_plugin_args or {}).get("fsdp_version", os.environ.get("FSDP_VERSION", 1))
+        if int(version) != 2:
+            raise ValueError(
+                "FSDP1 shards weights that the losses read: use FSDP2 (fsdp_version: 2 in the accelerate config, or "
+                "fsdp_config={'version': 2})"
+            )
+        check_efficient_loading(args.world_size)
+    parallel = args.parallelism_config
+    if parallel is None and _is_set("ACCELERATE_USE_PARALLELISM_CONFIG"):
+        parallel = ParallelismConfig()  # reads the environment
+    sizes = {name: getattr(parallel, f"{name}_size", 1) for name in ("tp", "cp", "sp")}
     if over := {name: size for name, size in sizes.items() if size > 1}:
         raise ValueError(
             f"parallelism_config has {over}: packs are not cut along tokens or heads; use data parallelism (DDP, FSDP2, "
             "ZeRO), with activation checkpointing and a smaller max_tokens for memory"
         )
-    if trainer.is_deepspeed_enabled:
-        config = accelerator.state.deepspeed_plugin.hf_ds_config
+    if args.deepspeed_plugin is not None:
+        config = args.deepspeed_plugin.hf_ds_config
         gathers = "zero_optimization.stage3_gather_16bit_weights_on_model_save"
         if config.is_zero3() and not config.is_true(gathers):
             raise ValueError(f"ZeRO-3 saves no model that transformers can load without {gathers}: set it to true")
+
+
+def check_efficient_loading(ranks: int) -> None:
+    """Under FSDP's efficient loading all ranks but one get weights without values, those of frozen models for good.
+
+    Raises:
+        ValueError: it is on, by the environment in which transformers looks.
+    """
+    if ranks > 1 and _is_set("ACCELERATE_USE_FSDP") and _is_set("FSDP_CPU_RAM_EFFICIENT_LOADING"):
+        raise ValueError(
+            "FSDP's efficient loading leaves the weights of every model, those to score and to generate with too, without "
+            "values on all ranks but one: set fsdp_cpu_ram_efficient_loading: false in the accelerate config, so that every "
+            "rank loads them"
+        )
+
+
+def _is_set(name: str) -> bool:
+    return str_to_bool(os.environ.get(name) or "false") == 1
+
+
+def check_shards(trainer: Trainer) -> None:
+    """`fsdp` that accelerate leaves out.
+
+    Raises:
+        ValueError: naming the remedy.
+    """
+    args = trainer.args
+    if args.fsdp and not trainer.is_fsdp_enabled:
+        raise ValueError(
+            f"fsdp={args.fsdp!r}, but accelerate shards on GPUs only and would train whole copies on {args.device.type}; "
+            "leave fsdp out"
+        )
 
 
 def refuse_without_values(model: PreTrainedModel, role: str) -> None:

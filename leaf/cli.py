@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+PEER_IS_GONE = ("Connection closed by peer", "Connection reset by peer", "remote process exited")  # gloo, gloo, NCCL
 # command -> (help, the stages it runs)
 STAGE_COMMANDS: dict[str, tuple[str, tuple[str, ...]]] = {
     "run": ("all stages, from rows to a report; finished stages are skipped, killed ones go on", STAGES),
@@ -96,6 +97,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         missing = isinstance(error, ModuleNotFoundError)
         hint = " (`pip install 'leaf-kernels[distill]'` installs it)" if missing else ""
         print(f"leaf {arguments.name}: {' '.join(str(error).split())}{hint}", file=sys.stderr)
+        return 2
+    except RuntimeError as error:
+        if arguments.debug or not any(words in str(error) for words in PEER_IS_GONE):
+            raise
+        print(f"leaf {arguments.name}: another process of this run ended; its own message says why", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(

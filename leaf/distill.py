@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import logging
 import pathlib
 import shutil
 from collections.abc import Sequence
@@ -12,10 +11,12 @@ from typing import Any
 
 import pyarrow as pa
 import torch
+from accelerate.utils import broadcast_object_list
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback
 
 from .banner import Banner
 from .card import run_card
+from .checkpoint import full_disk, last_whole
 from .config import CACHED, RunConfig, did_you_mean
 from .pack import build_groups
 from .run import Produced, Run, Ui, device_of
@@ -23,8 +24,10 @@ from .tables import Table, digest, open_table
 from .teacher import TeacherCache
 from .trainer import LeafArguments, LeafTrainer
 
-logger = logging.getLogger(__name__)
-
+FULL = (
+    "make room (save_total_limit: 1 in `training` keeps one checkpoint) and run the same command again; what is whole "
+    "stays, and training goes on from the last whole checkpoint"
+)
 TRAINING_LOG = pa.schema([("step", pa.int64()), ("entry", pa.string())])
 
 
@@ -53,24 +56,29 @@ def distill(run: Run) -> Table:
         )
         trainer.add_callback(Banner(trainer, run.ui.show))
         _report_progress(trainer, run.ui)
-        last = _last_checkpoint(checkpoints)
-        if last:
-            run.ui.say(f"distill: resumed from {last.name}")
-        result = trainer.train(resume_from_checkpoint=str(last) if last else None)
-        rate = f"learning rate {arguments.learning_rate:g}"
-        run.ui.say(f"distill: {result.global_step} steps at {rate}, mean loss {result.training_loss:.4g}")
         unfinished = run.folder / "model.tmp"
+        if run.is_writer:
+            shutil.rmtree(unfinished, ignore_errors=True)  # of a run that was killed
+        found = last_whole(checkpoints, run.ui.say) if run.is_writer else None
+        (last,) = broadcast_object_list([found and str(found)])  # all ranks resume from what rank 0 finds whole
+        if last:
+            run.ui.say(f"distill: resumed from {pathlib.Path(last).name}")
+        result = trainer.train(resume_from_checkpoint=last)
+        mean = (
+            "" if last else f", mean loss {result.training_loss:.4g}"
+        )  # the Trainer knows those of its own steps only
+        run.ui.say(f"distill: {result.global_step} steps at learning rate {arguments.learning_rate:g}{mean}")
         trainer.save_model(str(unfinished))  # every rank: a sharded model is gathered from all
         if run.is_writer:
             named = {role: run.name(role) for role in ("student", "teacher")}
             run_card(trainer, unfinished, scores=scores, counterfactuals=counterfactuals, data=run.config.data, **named)
-            shutil.rmtree(run.folder / "model", ignore_errors=True)
-            unfinished.rename(run.folder / "model")
+            _replace(run.folder / "model", unfinished)
         log = trainer.state.log_history
         counts = {"groups": len(groups), "steps": trainer.state.global_step}
         yield [{"step": entry["step"], "entry": json.dumps(entry)} for entry in log], counts
 
-    return run.table("distill", key, TRAINING_LOG, [None], train, collective=True)
+    with full_disk(run.folder, FULL):
+        return run.table("distill", key, TRAINING_LOG, [None], train, collective=True)
 
 
 def load_teacher(run: Run) -> PreTrainedModel | TeacherCache:
@@ -111,18 +119,27 @@ def training_arguments(config: RunConfig, folder: pathlib.Path) -> LeafArguments
             raise ValueError(f"training: {name} is set by the run: use the option beside `training`, not inside it")
         if name not in known:
             raise ValueError(f"training: LeafArguments has no field {name!r}{did_you_mean(name, known)}")
-    return LeafArguments(**own, **config.training)
+    arguments = LeafArguments(**own, **config.training)
+    if config.training.get("eval_strategy", "no") != "no":
+        raise ValueError(
+            f"training: eval_strategy={config.training['eval_strategy']}, but a run evaluates before and after: leave it out"
+        )
+    if arguments.fsdp and (own["use_cpu"] or arguments.world_size == 1):
+        raise ValueError(
+            "training: fsdp divides the student among several GPUs, one for each process: leave it out, or use accelerate "
+            "launch --config_file with fsdp_version: 2"
+        )
+    return arguments
 
 
-def _last_checkpoint(folder: pathlib.Path) -> pathlib.Path | None:
-    """The newest checkpoint that is whole: its trainer_state.json is written last."""
-    steps = {}
-    for path in folder.glob("checkpoint-*/trainer_state.json"):
-        try:
-            steps[json.loads(path.read_text())["global_step"]] = path.parent
-        except json.JSONDecodeError:
-            logger.warning("%s is cut off; an older checkpoint is used", path.parent)
-    return steps[max(steps)] if steps else None
+def _replace(folder: pathlib.Path, new: pathlib.Path) -> None:
+    """`new` becomes `folder`, which is whole whenever it is there."""
+    old = folder.with_name(f"{folder.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.rename(old)
+    new.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _report_progress(trainer: Trainer, ui: Ui) -> None:

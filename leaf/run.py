@@ -20,7 +20,8 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 from . import __version__, graders
 from .cache import Responses
-from .config import STAGES, RunConfig, asked_of_the_hub
+from .checks import check_arguments
+from .config import CACHED, STAGES, RunConfig, asked_of_the_hub
 from .data import DifferentTokenizers, Encoder, Row, Skip, check_pair, read_rows
 from .generate import check_vllm, free_memory, generate, load_vllm
 from .loading import check_loading, load_model, most
@@ -339,20 +340,24 @@ def run_stages(config: RunConfig, stages: Sequence[str], ui: Ui | None = None) -
     """
     from .distill import training_arguments
     from .stages import FUNCTIONS
+    from .teacher_build import teacher_key
 
     run = Run(config, ui)
     prune_options(config)  # what is misspelt is told now, not after hours
     device_of(config)
+    if "distill" in stages:
+        spread = config.teacher_mode == "device_map"
+        check_arguments(training_arguments(config, run.folder), spread_teacher=spread)
     for note in check_loading(config, stages, run.ranks):
         run.ui.say(note)
     if {"select", "verify", "eval"} & set(stages):
         graders.resolve(grader_of(config))
         if config.engine == "vllm":
             check_vllm()
-    if "distill" in stages:
-        training_arguments(config, run.folder)
     if {"distill", "eval"} & set(stages) and config.teacher and config.student:
         run.shared_vocabulary()
+        if "cache" in stages and config.teacher_mode in CACHED:
+            teacher_key(run)
     for stage in stages:
         FUNCTIONS[stage](run)
     return run.problems

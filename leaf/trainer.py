@@ -19,7 +19,8 @@ from transformers.trainer_utils import EvalLoopOutput
 from leaf_kernels.integrations.transformers import NAME, check_model, register
 
 from .card import model_card
-from .checks import check_cache, check_engine, refuse_attention_dropout, refuse_without_values, settle
+from .checkpoint import FILES, vouch
+from .checks import check_arguments, check_cache, check_shards, refuse_attention_dropout, refuse_without_values, settle
 from .metrics import Interval
 from .objective import Distillation, Head, check_head, coefficients, distillation, head_of, hidden_states, install
 from .pack import Collator, Group, GroupDataset, GroupSampler, GroupStream
@@ -72,11 +73,6 @@ class LeafArguments(TrainingArguments):
                 "LeafTrainer samples groups itself: train_sampling_strategy must be 'random' or 'sequential' and "
                 f"dataloader_drop_last False, got {self.train_sampling_strategy!r} and {self.dataloader_drop_last}"
             )
-        if self.n_gpu > 1:
-            raise ValueError(
-                f"{self.n_gpu} GPUs are visible to one process, which would start nn.DataParallel; launch with "
-                "`accelerate launch --multi_gpu -m leaf ...`, or choose one with CUDA_VISIBLE_DEVICES=0"
-            )
 
 
 class NonFiniteLoss(ArithmeticError):
@@ -115,6 +111,7 @@ class LeafTrainer(Trainer):
     ):
         if kwargs.get("data_collator") is not None:
             raise ValueError("LeafTrainer packs groups itself: data_collator cannot be replaced")
+        check_arguments(args, spread_teacher=hasattr(teacher, "hf_device_map"))
         register()
         student: Any = model.get_base_model() if hasattr(model, "peft_config") else model  # type: ignore[operator]
         self.answers = teacher if isinstance(teacher, TeacherCache) else None
@@ -145,7 +142,7 @@ class LeafTrainer(Trainer):
         )
         self.interval = Interval(self.accelerator)
         self.add_callback(self.interval)
-        check_engine(self)
+        check_shards(self)
         check_head(student)
         self.teacher = None if online is None else settle(online, args.device)
         head = head_of(online) if self.answers is None else self.answers.head  # type: ignore[arg-type]
@@ -385,12 +382,28 @@ class LeafTrainer(Trainer):
 
         Collective: every rank calls it.
         """
+        if _internal_call and self.args.should_save:  # a checkpoint is written anew
+            (Path(output_dir or str(self.args.output_dir)) / FILES).unlink(missing_ok=True)
         if self.is_fsdp_enabled and not _internal_call:
             state = self.accelerator.get_state_dict(self.model)
             if self.args.should_save:
                 self._save(output_dir or self.args.output_dir, state_dict=state)
         else:
             super().save_model(output_dir, _internal_call)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """The last file of each rank. The Trainer waits for none before it removes older checkpoints."""
+        super()._save_rng_state(output_dir)
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            vouch(Path(output_dir))
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """Resumed from its last step in the midst of an epoch, the Trainer would take one more."""
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(*args, **kwargs)
+        else:
+            self.control.should_training_stop = True
 
 
 class _Loader(DataLoader):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import pathlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 from rich.console import Console, RenderableType
@@ -27,6 +27,11 @@ def word_problems(count: int) -> list[dict[str, Any]]:
 
 def write_rows(path: pathlib.Path, rows: Sequence[dict[str, Any]]) -> str:
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+def write_config(path: pathlib.Path, options: Mapping[str, Any]) -> str:
+    path.write_text(json.dumps(options))  # JSON is YAML
     return str(path)
 
 
