@@ -27,6 +27,11 @@ def check_engine(trainer: Trainer) -> None:
             "FSDP1 shards weights that the losses read: use FSDP2 (fsdp_version: 2 in the accelerate config, or "
             "fsdp_config={'version': 2})"
         )
+    if getattr(trainer.model, "is_quantized", False) and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
+        raise ValueError(
+            "a quantized student is not shared by the ranks (FSDP, DeepSpeed): train its adapters with DDP, or leave "
+            "student_quantization out"
+        )
     parallel = getattr(accelerator, "parallelism_config", None)
     sizes = {name: getattr(parallel, f"{name}_size", 1) for name in ("tp", "cp", "sp")} if parallel else {}
     if over := {name: size for name, size in sizes.items() if size > 1}:
