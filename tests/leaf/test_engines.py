@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 from training import Gradients, arguments, assert_same, groups, model, train, whole
 from transformers import AutoModelForCausalLM
 
+from leaf.loading import with_adapters
 from leaf.trainer import LeafTrainer
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "accelerate"
@@ -99,6 +100,21 @@ def rank_fsdp_resume(output: str) -> Any:
     interrupted = trainer(output, **LEARNING, **FSDP)
     interrupted.train()
     resumed = trainer(output, **LEARNING, **FSDP)
+    resumed.train(resume_from_checkpoint=f"{output}/checkpoint-3")
+    resumed.save_model(f"{output}/final")
+    return weights(interrupted), weights(resumed), resumed.state.global_step
+
+
+def rank_fsdp_adapters(output: str) -> Any:
+    """On a body in bf16, as `leaf distill --lora-rank` makes them on GPUs."""
+
+    def make() -> LeafTrainer:
+        student = with_adapters(model(0).bfloat16(), 2, 4, seed=0)
+        options = {**LEARNING, "bf16": True, **FSDP}
+        return LeafTrainer(student, model(1, hidden=32).bfloat16(), arguments(output, **options), groups())
+
+    interrupted, resumed = make(), make()
+    interrupted.train()
     resumed.train(resume_from_checkpoint=f"{output}/checkpoint-3")
     resumed.save_model(f"{output}/final")
     return weights(interrupted), weights(resumed), resumed.state.global_step
@@ -201,6 +217,18 @@ def test_fsdp_resumes_as_if_it_had_not_been_interrupted_and_saves_a_plain_model(
     loaded = AutoModelForCausalLM.from_pretrained(folder / "rank_fsdp_resume" / "final", dtype=torch.float64)
     assert_equal(dict(loaded.named_parameters()), resumed)
     assert_equal(resumed, first["ddp_checkpoints"], rtol=1e-4, atol=1e-5)
+
+
+def test_fsdp_resumes_adapters_on_a_body_in_bf16_and_saves_them_alone(ranks):
+    folder, (first, second) = ranks
+    whole_run, resumed, steps = first["fsdp_adapters"]
+    assert steps == 6
+    assert_equal(resumed, whole_run)
+    assert_equal(second["fsdp_adapters"][1], resumed)
+    adapters = {name.replace(".default", ""): value for name, value in resumed.items() if ".lora_" in name}
+    assert {value.dtype for value in adapters.values()} == {torch.float32}
+    assert all(value.any() for value in adapters.values()), "nothing was trained"
+    assert_equal(load_file(folder / "rank_fsdp_adapters" / "final" / "adapter_model.safetensors"), adapters)
 
 
 def test_a_final_model_is_whole_where_checkpoints_are_sharded(ranks):
