@@ -170,17 +170,18 @@ def load_model(
     return _load_sharded(load, device) if shard else load().to(device)
 
 
-def with_adapters(model: PreTrainedModel, rank: int, alpha: float, seed: int) -> PreTrainedModel:
+def with_adapters(model: PreTrainedModel, rank: int, alpha: int, seed: int) -> PreTrainedModel:
     """`model`, frozen, with trainable LoRA adapters in fp32 on every linear layer but the output head (peft).
 
     Nothing else of it is cast: norms compute in fp32 whatever their weights are in.
     """
+    _check_installed("peft", f"--lora-rank {rank}", "peft")
     from peft import LoraConfig, get_peft_model
 
     set_seed(seed)  # adapters begin as random numbers, times 0
     options: dict[str, Any] = {"target_modules": "all-linear", "task_type": "CAUSAL_LM"}
     adapted: Any = get_peft_model(model, LoraConfig(r=rank, lora_alpha=alpha, **options))
-    base = model.name_or_path
+    base = str(model.name_or_path)
     # It has to be found from wherever the adapter is loaded
     adapted.active_peft_config.base_model_name_or_path = os.path.abspath(base) if os.path.isdir(base) else base
     return adapted
