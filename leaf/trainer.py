@@ -87,7 +87,8 @@ class LeafTrainer(Trainer):
     """Distils `teacher` into `model` on groups of originals and counterfactuals.
 
     Args:
-        model: the student. It stays what it is: every checkpoint loads with plain `from_pretrained`. Both models are set to
+        model: the student, or a peft model with adapters on its body. It stays what it is: every checkpoint loads with plain
+            `from_pretrained`, that of a peft model holds its adapters. Both models are set to
             `attn_implementation="leaf"`; before `generate()`, call `model.set_attn_implementation("sdpa")`.
         teacher: a model, which this call freezes and moves to the training device, unless it is quantized, spread by a
             `device_map` or sharded over the ranks (`leaf.loading`); or a `leaf.teacher.TeacherCache` of its answers.

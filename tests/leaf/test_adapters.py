@@ -15,7 +15,7 @@ from test_trainer import arguments, groups, model
 from training import Gradients, assert_same
 
 from leaf.checks import check_engine
-from leaf.loading import with_adapters
+from leaf.loading import adapter_base, load_model, with_adapters
 from leaf.trainer import LeafTrainer
 from leaf_kernels.testing import record_peak_bytes
 
@@ -49,6 +49,15 @@ def test_the_seed_makes_the_adapters() -> None:
 
     assert torch.equal(first(0), first(0))
     assert not torch.equal(first(0), first(1))
+
+
+def test_a_folder_is_found_from_anywhere(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny.model(tiny.tokenizer()).save_pretrained(tmp_path / "student")
+    monkeypatch.chdir(tmp_path)
+    adapted: Any = with_adapters(load_model("student", torch.float32, torch.device("cpu"), print), 2, 4, seed=0)
+    adapted.save_pretrained("adapter")
+    assert adapter_base(str(tmp_path / "adapter")) == str(tmp_path / "student")
+    assert adapter_base(str(tmp_path / "student")) is None
 
 
 def gradients(folder: pathlib.Path, dtype: torch.dtype, **options: Any) -> tuple[list[float], list[Any]]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ from torch.distributed.tensor import DTensor
 from training import Gradients, arguments, assert_same, groups, model, train, whole
 from transformers import AutoModelForCausalLM
 
-from leaf.loading import with_adapters
+from leaf.loading import load_model, with_adapters
 from leaf.trainer import LeafTrainer
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "accelerate"
@@ -61,6 +63,18 @@ def frozen_head() -> Any:
     return student
 
 
+def quantized(bits: str) -> Any:
+    with tempfile.TemporaryDirectory() as folder:
+        model(0).float().save_pretrained(folder)
+        body = load_model(folder, torch.float32, torch.device("cpu"), print, quantization=bits)
+    adapted: Any = with_adapters(body, 2, 4, seed=0)
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:  # zeros have no gradient to their other half
+            torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(1))
+    return adapted
+
+
+HAS_BNB = importlib.util.find_spec("bitsandbytes") is not None
 STUDENTS: dict[str, Callable[[], Any]] = {"tied": tied, "lora": lora, "frozen head": frozen_head}
 
 
@@ -135,6 +149,14 @@ def rank_students(output: str) -> Any:
         for kind, options in (("ddp", {}), ("fsdp2", FSDP)):
             with engine():
                 found[f"{name}, {kind}"] = gradients(output, student, 2, **options)
+    return found
+
+
+def rank_quantized(output: str) -> Any:
+    found = {}
+    for bits in ("8bit", "4bit") if HAS_BNB else ():
+        with engine():
+            found[bits] = gradients(output, lambda bits=bits: quantized(bits), 2)
     return found
 
 
@@ -249,6 +271,17 @@ def test_students(name: str, kind: str, ranks, tmp_path):
         assert_same((losses or expected[0], steps), expected)
     if name == "frozen head":
         assert "lm_head.weight" not in expected[1][0]
+
+
+@pytest.mark.skipif(not HAS_BNB, reason="bitsandbytes is not installed")
+@pytest.mark.parametrize("bits", ["8bit", "4bit"])
+def test_adapters_on_a_quantized_body(bits: str, ranks, tmp_path):
+    _, found = ranks
+    expected = gradients(tmp_path, lambda: quantized(bits), 4)
+    for each in found:
+        assert_same(each["quantized"][bits], expected)
+    plain = gradients(tmp_path, lambda: with_adapters(model(0).float(), 2, 4, seed=0), 4)
+    assert plain[0] != pytest.approx(expected[0], rel=1e-4), "nothing was quantized"
 
 
 def test_examples_for_accelerate(ranks, tmp_path):
