@@ -80,7 +80,7 @@ class PaddingFreeTrainer(Trainer):
                 logit_scale=head.logit_scale,
             ).loss
 
-        pack = {name: inputs[name] for name in ("input_ids", "position_ids", "layout")}
+        pack = {name: value for name, value in inputs.items() if name != "labels"}
         loss = model(**pack, objective=cross_entropy)
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             loss = loss * self.accelerator.num_processes  # gradients are averaged over the ranks

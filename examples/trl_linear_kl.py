@@ -7,9 +7,7 @@
 
 from __future__ import annotations
 
-import functools
 import tempfile
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,7 +17,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 from trl import SFTConfig, SFTTrainer
 
-from leaf.objective import Head, head_of
+from leaf.objective import Head, head_of, hidden_states, install
 from leaf_kernels import linear_kl
 
 
@@ -29,22 +27,23 @@ class LinearKLTrainer(SFTTrainer):
     def __init__(self, model: PreTrainedModel, teacher: PreTrainedModel, **kwargs: Any):
         super().__init__(model, **kwargs)
         self.teacher = teacher.requires_grad_(False).eval().to(self.args.device)
+        # model(objective=f, ...) returns f(hidden [B·T, H], head), inside the forward that DDP or FSDP wraps
         install(self.model.get_base_model() if hasattr(self.model, "peft_config") else self.model)
 
     def compute_loss(
         self, model: torch.nn.Module, inputs: dict, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        inputs = {**inputs, "use_cache": False}
         # Row i predicts token i + 1. Labels are -100 on prompts (the completion mask), on padding, and on the first token of
         # every sequence of a padding-free batch: no row predicts what begins the next one.
-        next_labels = F.pad(inputs.pop("labels")[:, 1:], (0, 1), value=-100).flatten()
+        next_labels = F.pad(inputs["labels"][:, 1:], (0, 1), value=-100).flatten()
+        inputs = {name: value for name, value in inputs.items() if name != "labels"}
         weight = (next_labels != -100).float()
         # The Trainer counts the labels of all micro-batches of the step, on all ranks (None: of this batch, in evaluation)
         divisor = weight.sum() if num_items_in_batch is None else torch.as_tensor(num_items_in_batch)
         weight = weight / divisor.clamp(min=1)
 
         with torch.no_grad(), self.accelerator.autocast():
-            teacher_hidden = self.teacher.base_model(**inputs).last_hidden_state.flatten(0, 1)
+            teacher_hidden = hidden_states(self.teacher, inputs)
 
         def kl(hidden: torch.Tensor, head: Head) -> torch.Tensor:
             teacher = head_of(self.teacher)
@@ -67,24 +66,6 @@ class LinearKLTrainer(SFTTrainer):
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             loss = loss * self.accelerator.num_processes  # gradients are averaged over the ranks
         return (loss, None) if return_outputs else loss
-
-
-def install(model: PreTrainedModel) -> None:
-    """Gives `model.forward` a keyword `objective`: `model(objective=f, **inputs)` returns f(hidden [B·T, H], head).
-
-    So the head is read inside the forward that DDP, FSDP and ZeRO wrap. Read from outside, its weight is a shard, or its
-    gradient misses the synchronisation. (`leaf.objective.install` does the same for packs, which are batches of one.)
-    """
-    original = model.forward
-
-    @functools.wraps(original)
-    def forward(*args: Any, objective: Callable[[torch.Tensor, Head], Any] | None = None, **kwargs: Any) -> Any:
-        if objective is None:
-            return original(*args, **kwargs)
-        hidden = model.base_model(*args, **kwargs).last_hidden_state
-        return objective(hidden.flatten(0, 1), head_of(model))
-
-    model.forward = forward
 
 
 def tokenizer() -> PreTrainedTokenizerFast:

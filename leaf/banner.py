@@ -6,7 +6,7 @@ import copy
 import difflib
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from rich.console import Console, RenderableType
@@ -129,10 +129,17 @@ def _decoded(ids: Sequence[int], start: int, end: int, tokenizer: Any) -> str:
 
 
 def _models(trainer: LeafTrainer) -> str:
+    def size(parameters: Iterable[Any]) -> str:
+        # ZeRO-3 keeps a share of each, and 4 bits two in a byte
+        each = (getattr(p, "ds_numel", p.numel()) * (2 if hasattr(p, "quant_state") else 1) for p in parameters)
+        return f"{sum(each) / 1e6:,.1f}M"
+
     def named(role: str, model: Any) -> str:
-        size = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())  # ZeRO-3 keeps a share of each
-        name = type(model).__name__.removeprefix("FSDP")
-        return f"{role} {name} {size / 1e6:,.1f}M {str(model.dtype).removeprefix('torch.')}"
+        inner = model.get_base_model() if hasattr(model, "peft_config") else model
+        name = type(inner).__name__.removeprefix("FSDP")
+        trained = [p for p in model.parameters() if p.requires_grad]
+        part = f", {size(trained)} of them trained" if 0 < len(trained) < len(list(model.parameters())) else ""
+        return f"{role} {name} {size(model.parameters())} {str(model.dtype).removeprefix('torch.')}{part}"
 
     student, cache = named("student", trainer.model), trainer.answers
     if cache is not None:

@@ -52,7 +52,13 @@ def model_card(
     }
     added = [tags] if isinstance(tags, str) else [*(tags or ())]
     data = ModelCardData(**{**defaults, **metadata}, tags=[*own, *(tag for tag in added if tag not in own)])
+    adapter: Any = getattr(model, "active_peft_config", None)
     settings = {
+        **(
+            {"adapters": f"LoRA, rank {adapter.r}, alpha {adapter.lora_alpha:g}"}
+            if hasattr(adapter, "lora_alpha")
+            else {}
+        ),
         "loss": "one mean over all response tokens" if args.loss_mode == "concat" else f"λ = {args.lambda_:g}",
         "divergence": args.divergence + (f", β = {args.beta:g}" if args.beta is not None else ""),
         "temperature": f"{args.temperature:g}",

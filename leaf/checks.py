@@ -76,7 +76,7 @@ def _is_set(name: str) -> bool:
 
 
 def check_shards(trainer: Trainer) -> None:
-    """`fsdp` that accelerate leaves out.
+    """`fsdp` that accelerate leaves out, and a student that engines do not share.
 
     Raises:
         ValueError: naming the remedy.
@@ -86,6 +86,11 @@ def check_shards(trainer: Trainer) -> None:
         raise ValueError(
             f"fsdp={args.fsdp!r}, but accelerate shards on GPUs only and would train whole copies on {args.device.type}; "
             "leave fsdp out"
+        )
+    if getattr(trainer.model, "is_quantized", False) and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
+        raise ValueError(
+            "a quantized student is not shared by the ranks (FSDP, DeepSpeed): train its adapters with DDP, or leave "
+            "student_quantization out"
         )
 
 

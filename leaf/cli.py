@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from . import __version__
 from .arguments import add_arguments, from_arguments
-from .config import STAGES, did_you_mean
+from .config import CACHED, STAGES, did_you_mean
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -214,6 +214,8 @@ def _estimate(arguments: argparse.Namespace) -> int:
         workload = estimate.Workload.of(units, "student", config.max_tokens)
     estimator = estimate.estimator_of(config, workload)
     estimate.report(estimator, estimator.all(), console)
+    if workload and config.teacher_mode in CACHED:
+        console.print(estimate.cache_size(estimator, units))
     return 0
 
 

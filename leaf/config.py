@@ -72,7 +72,7 @@ class RunConfig:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = _option(
         "auto",
         "dtype of frozen models: auto = bfloat16 on a GPU, float32 on a CPU",
-        "select score verify cache eval estimate",
+        "select score verify cache distill eval estimate",
     )
     device_map: Literal["auto", "balanced", "balanced_low_0", "sequential"] | None = _option(
         None,
@@ -93,10 +93,19 @@ class RunConfig:
         "replicate",
         "how distill gets the teacher: whole on each GPU, sharded over the ranks, spread over the GPUs of one process, or "
         "from disk (its last hidden states, or its most probable tokens)",
-        "cache distill",
+        "cache distill estimate",
         key=False,
     )
-    cache_topk: int = _option(64, "tokens that cached_topk keeps of each distribution", "cache", key=False)
+    cache_topk: int = _option(64, "tokens that cached_topk keeps of each distribution", "cache estimate", key=False)
+    lora_rank: int | None = _option(
+        None, "train LoRA adapters of this rank on all linear layers of the body (peft)", "distill estimate"
+    )
+    lora_alpha: int | None = _option(
+        None, "their output is multiplied by lora_alpha / lora_rank (default: 2 * lora_rank)", "distill"
+    )
+    student_quantization: Literal["8bit", "4bit"] | None = _option(
+        None, "quantize what the adapters stand on while they are trained (bitsandbytes)", "distill"
+    )
     seed: int = _option(0, "seed of controls, sampling order and training", "prune distill")
 
     limit: int | None = _option(None, "read only so many rows", _ROWS)
@@ -205,6 +214,8 @@ class RunConfig:
         object.__setattr__(self, "training", {k: _number(v) for k, v in {**TRAINING_DEFAULTS, **self.training}.items()})
         if self.verify is None:
             object.__setattr__(self, "verify", "both" if self.select == "student_wrong" else "teacher")
+        if self.lora_alpha is None and self.lora_rank is not None:
+            object.__setattr__(self, "lora_alpha", 2 * self.lora_rank)
         _check(self)
 
     @classmethod
@@ -273,7 +284,8 @@ def _check(c: RunConfig) -> None:
     for name in ("q", "cap", "lambda_", "max_skip_fraction", "tau", "tau_response"):
         value = getattr(c, name)
         require(value is None or 0 <= value <= 1, f"{name.rstrip('_')} must be between 0 and 1, got {value}")
-    for name in ("limit", "max_length", "max_tokens", "max_new_tokens", "temperature", "cache_topk"):
+    positive = ("limit", "max_length", "max_tokens", "max_new_tokens", "temperature", "cache_topk", "lora_rank")
+    for name in (*positive, "lora_alpha"):
         value = getattr(c, name)
         require(value is None or value > 0, f"{name} must be positive, got {value}")
     require(c.ce_weight >= 0, f"ce_weight must not be negative, got {c.ce_weight}")
@@ -300,6 +312,11 @@ def _check(c: RunConfig) -> None:
         q = f"teacher_quantization={c.teacher_quantization}"
         require(c.engine != "vllm", f"{q} has no effect with engine=vllm: give a quantized checkpoint as --teacher")
         require(not c.shard_teacher, f"{q} cannot be sharded: leave out one of teacher_quantization and shard_teacher")
+    for name in ("lora_alpha", "student_quantization"):
+        require(
+            c.lora_rank is not None or getattr(c, name) is None,
+            f"{name}={getattr(c, name)} is for adapters: add --lora-rank, e.g. 16, or leave it out",
+        )
     for pattern in c.protect:
         try:
             re.compile(pattern)

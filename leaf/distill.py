@@ -18,6 +18,7 @@ from .banner import Banner
 from .card import run_card
 from .checkpoint import full_disk, last_whole
 from .config import CACHED, RunConfig, did_you_mean
+from .loading import with_adapters
 from .pack import build_groups
 from .run import Produced, Run, Ui, device_of
 from .tables import Table, digest, open_table
@@ -44,7 +45,7 @@ def distill(run: Run) -> Table:
     def train(_: Sequence[None]) -> Produced:
         encode = run.encoder.encode_text
         groups = build_groups(scores, counterfactuals, encode, originals=run.config.originals)
-        student, teacher = run.load(run.name("student"), torch.float32, spread=False), load_teacher(run)
+        student, teacher = load_student(run), load_teacher(run)
         arguments = training_arguments(run.config, checkpoints)  # from then on ZeRO-3 would load shares of models
         trainer = LeafTrainer(
             student,
@@ -79,6 +80,15 @@ def distill(run: Run) -> Table:
 
     with full_disk(run.folder, FULL):
         return run.table("distill", key, TRAINING_LOG, [None], train, collective=True)
+
+
+def load_student(run: Run) -> PreTrainedModel:
+    """In fp32, to be trained as a whole; with `--lora-rank` frozen, in `--dtype` or quantized, under adapters in fp32."""
+    config, name = run.config, run.name("student")
+    if config.lora_rank is None or config.lora_alpha is None:
+        return run.load(name, torch.float32, spread=False)
+    body = run.load(name, spread=False, quantization=config.student_quantization)
+    return with_adapters(body, config.lora_rank, config.lora_alpha, config.seed)
 
 
 def load_teacher(run: Run) -> PreTrainedModel | TeacherCache:

@@ -24,14 +24,24 @@ from transformers import AutoConfig, DynamicCache, PreTrainedConfig
 from leaf_kernels import SharedPrefixLayout
 from leaf_kernels.integrations.transformers import MassRecorder, check_model, packed_inputs, register
 
-from .config import RunConfig, asked_of_the_hub
-from .data import Sample, Skip
+from .config import CACHED, RunConfig, asked_of_the_hub
+from .data import Skip
 from .devices import GIB, MIB, USABLE, Device, device_named
 from .loading import without_attention_dropout
 from .objective import distillation, head_of, hidden_states
-from .pack import Collator, Group, Pack
+from .pack import Collator, Pack
 from .sensitivity import Scorer, batches
-from .trace import Trace, fake_model, planned, shapes_only, weight_bytes
+from .teacher_build import topk, widths
+from .trace import (
+    Trace,
+    counterfactual_groups,
+    fake_model,
+    half_response,
+    planned,
+    put_adapters,
+    shapes_only,
+    weight_bytes,
+)
 from .units import Pair
 
 PLAIN_ROWS = 1000  # that times are given for, where no data says how many there are
@@ -100,6 +110,8 @@ class Estimator:
     Args:
         teacher, student: configs.
         dtype: of frozen models.
+        teacher_mode, cache_topk: options of a run: what distil holds of the teacher.
+        lora_rank: of the adapters that are trained; None: the whole student is.
     """
 
     def __init__(
@@ -113,18 +125,24 @@ class Estimator:
         max_tokens: int = 16384,
         max_new_tokens: int = 512,
         epochs: float = 3,
+        teacher_mode: str = "replicate",
+        cache_topk: int = 64,
+        lora_rank: int | None = None,
     ):
         register()
         self.configs = {"teacher": teacher, "student": student}
+        self.vocab_size = min(config.get_text_config().vocab_size for config in self.configs.values())
         self.workload, self.device, self.dtype = workload, device, dtype
         self.max_tokens, self.max_new_tokens, self.epochs = max_tokens, max_new_tokens, epochs
+        self.teacher_mode, self.cache_topk, self.lora_rank = teacher_mode, cache_topk, lora_rank
+        self.shares_teacher = teacher_mode in ("fsdp2", "device_map")  # what of it a device holds is not known here
 
     def all(self) -> list[Stage]:
         return [
             *(self.generation(role) for role in self.configs),
             *(self.scoring(role) for role in self.configs),
-            self.distillation(checkpointing=False),
-            self.distillation(checkpointing=True),
+            *([self.caching()] if self.teacher_mode in CACHED else []),
+            *([] if self.shares_teacher else [self.distillation(checkpointing=on) for on in (False, True)]),
             self.attention(),
         ]
 
@@ -188,42 +206,76 @@ class Estimator:
         name = f"score, {role}{', checkpoints' if checkpoints else ''}"
         return Stage(name, weights, trace.peak - trace.scratch, trace.scratch, (low, high))
 
-    def distillation(self, checkpointing: bool, pack: Pack | None = None) -> Stage:
-        """A step with one pack; gradients and AdamW exist already.
-
-        pack: default: of originals, each with a counterfactual that shares half of it.
-        """
+    def _pack(self) -> tuple[Pack, float]:
+        """Of originals, each with a counterfactual that shares half of it; and how many such packs all rows are."""
         length = max(max(self.workload.lengths), 4)
         count = max(1, self.max_tokens // (length + length // 2))
-        vocab = min(config.get_text_config().vocab_size for config in self.configs.values())
-        if pack is None:
-            pack = Collator(10**12)(counterfactual_groups(length, vocab, count))["packs"][0]
+        groups = counterfactual_groups(length, self.vocab_size, count)
+        return Collator(10**12)(groups)["packs"][0], self._per_row(count * length)
+
+    def caching(self) -> Stage:
+        """A pack through the teacher, and what a cache keeps of it; the time with one counterfactual of each row."""
+        pack, packs = self._pack()
+        planned(pack["layout"])
+        inputs = {name: pack[name] for name in ("input_ids", "position_ids", "layout")}
+        with shapes_only(self.device.is_gpu), torch.no_grad():
+            teacher = fake_model(self.configs["teacher"], self.dtype)
+            with Trace(max(self.workload.lengths) / 2) as trace:
+                hidden = hidden_states(teacher, inputs).index_select(0, pack["rows"])
+                if self.teacher_mode == "cached_topk":
+                    topk(hidden, head_of(teacher), self.cache_topk, self.vocab_size, temperature=1.0)
+            weights = weight_bytes(teacher)
+        return Stage("cache", weights, trace.peak, 0, self._seconds(trace.flops * packs, self.dtype))
+
+    def _cached(self, rows: int) -> dict[str, torch.Tensor]:
+        """What a pack brings of the teacher for its rows."""
+        if self.teacher_mode == "cached_hidden":
+            size = self.configs["teacher"].get_text_config().hidden_size
+            return {"teacher_hidden": torch.zeros(rows, size, dtype=self.dtype)}
+        ids = torch.zeros(rows, self.cache_topk, dtype=torch.long)
+        return {"topk_ids": ids, "topk_logprobs": torch.zeros(ids.shape)}
+
+    def distillation(self, checkpointing: bool, pack: Pack | None = None) -> Stage:
+        """A step with one pack, by default that of `_pack`, without which no time is said; gradients and AdamW exist
+        already."""
+        pack, packs = self._pack() if pack is None else (pack, 0.0)
+        cached = self.teacher_mode in CACHED
         planned(pack["layout"])
         inputs = {name: pack[name] for name in ("input_ids", "position_ids", "layout")}
         autocast = functools.partial(torch.autocast, "cpu", torch.bfloat16, enabled=self.device.is_gpu)
         with shapes_only(self.device.is_gpu):
             teacher = fake_model(self.configs["teacher"], self.dtype)
-            student: Any = fake_model(self.configs["student"], torch.float32).requires_grad_(True).train()
+            head = None if self.teacher_mode == "cached_topk" else head_of(teacher)
+            student: Any = fake_model(self.configs["student"], torch.float32 if self.lora_rank is None else self.dtype)
+            student.requires_grad_(self.lora_rank is None).train()
+            if self.lora_rank is not None:
+                put_adapters(student, self.lora_rank)
             if checkpointing:
                 student.activation_checkpointing_enable()
-            for parameter in student.parameters():
+            trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
+            for parameter in trained:
                 parameter.grad = torch.zeros_like(parameter)
-            with Trace(length / 2) as trace:
-                with torch.no_grad(), autocast():
-                    hidden = hidden_states(teacher, inputs)
-                head = head_of(teacher)
-                if not self.device.is_gpu:
-                    head = head._replace(weight=head.weight.float())
+            with Trace(max(self.workload.lengths) / 2) as trace:
+                hidden = None
+                if cached:
+                    pack = {**pack, **self._cached(len(pack["rows"]))}
+                else:
+                    with torch.no_grad(), autocast():
+                        hidden = hidden_states(teacher, inputs)
+                if head is not None and not self.device.is_gpu:
+                    head = head._replace(weight=head.weight.to(head_of(student).weight.dtype))
                 options: dict[str, Any] = {"temperature": 1.0, "divergence": "forward_kl", "beta": None}
+                options |= {"ce_weight": 0, "vocab_size": self.vocab_size}
                 one = torch.ones(())
-                objective = distillation(pack, hidden, head, (one, one), ce_weight=0, vocab_size=vocab, **options)
+                objective = distillation(pack, hidden, head, (one, one), **options)
                 with autocast():
                     loss = objective(hidden_states(student, inputs), head_of(student)).loss
                 loss.backward()
-            weights = weight_bytes(teacher) + weight_bytes(student)
-            state = 3 * sum(parameter.nbytes for parameter in student.parameters())
-        packs = self.epochs * self.workload.rows * self.workload.mean / (count * length)
-        seconds = self._seconds(trace.flops * packs, torch.bfloat16 if self.device.is_gpu else torch.float32)
+            said = weight_bytes(teacher) if not cached else 0 if head is None else head.weight.nbytes
+            weights = said + weight_bytes(student)
+            state = 3 * sum(parameter.nbytes for parameter in trained)
+        dtype = torch.bfloat16 if self.device.is_gpu else torch.float32
+        seconds = self._seconds(trace.flops * packs * self.epochs, dtype)
         name = f"distil{', gradient_checkpointing' if checkpointing else ''}"
         return Stage(name, weights, trace.peak - trace.scratch, trace.scratch, seconds, state=state)
 
@@ -267,6 +319,9 @@ def estimator_of(config: RunConfig, workload: Workload | None = None) -> Estimat
         max_tokens=config.max_tokens,
         max_new_tokens=config.max_new_tokens,
         epochs=float(config.training["num_train_epochs"]),
+        teacher_mode=config.teacher_mode,
+        cache_topk=config.cache_topk,
+        lora_rank=config.lora_rank,
     )
 
 
@@ -274,9 +329,12 @@ def report(estimator: Estimator, stages: Sequence[Stage], console: Console) -> N
     """Prints a table of the stages, and what to change where one does not fit."""
     device, work = estimator.device, estimator.workload
     unit, digits, name = (GIB, 2, "GiB") if max(stage.peak for stage in stages) >= GIB / 10 else (MIB, 1, "MiB")
+    kinds = [f"frozen models in {str(estimator.dtype).removeprefix('torch.')}"]
+    kinds += [] if estimator.lora_rank is None else [f"LoRA of rank {estimator.lora_rank}"]
+    kinds += [] if estimator.teacher_mode == "replicate" else [f"--teacher-mode {estimator.teacher_mode}"]
     title = (
-        f"{device.name}, {device.memory / GIB:.0f} GiB; frozen models in {str(estimator.dtype).removeprefix('torch.')}; "
-        f"{len(work.lengths)} rows of {max(work.lengths)} tokens in a pack; memory in {name}, time for {work.rows} rows"
+        f"{device.name}, {device.memory / GIB:.0f} GiB; {'; '.join(kinds)}; {len(work.lengths)} rows of "
+        f"{max(work.lengths)} tokens in a pack; memory in {name}, time for {work.rows} rows"
     )
     sizes = ("weights", "state", "activations", "scratch", "peak")
     # Fits into 80 columns: there names and times take more lines, and nothing is cut
@@ -292,9 +350,29 @@ def report(estimator: Estimator, stages: Sequence[Stage], console: Console) -> N
         f"process (imports, contexts) is {1 - USABLE:.0%} of the device here. Times are rough"
         + (": no GPU has confirmed them." if device.name != "cpu" else ".")
     )
+    if estimator.shares_teacher:
+        console.print(
+            f"distil is not estimated with --teacher-mode {estimator.teacher_mode}, where devices share the teacher."
+        )
     for stage in stages:
         if not device.holds(stage.peak):
             console.print(f"{stage.name} does not fit: {_remedy(stage, device)}")
+
+
+def cache_size(estimator: Estimator, units: Sequence[Pair | Skip]) -> str:
+    """What a teacher cache of rows takes on disk, in words; how many counterfactuals there will be is not known yet."""
+    rows: dict[str, int] = {}
+    for sample in (unit.student for unit in units if isinstance(unit, Pair)):
+        start = sample.scored.index(True) if sample.cut else sample.response_start
+        rows[sample.id] = max(rows.get(sample.id, 0), len(sample.input_ids) - start)
+    teacher, kind = estimator.configs["teacher"], CACHED[estimator.teacher_mode]
+    each = widths(teacher, estimator.dtype, estimator.cache_topk)[kind]
+    head = each * teacher.get_text_config().vocab_size if kind == "hidden" else 0
+    total = sum(rows.values())
+    return (
+        f"cache on disk: {total * each / GIB:.3g} GiB for {total:,} response tokens of the originals, and about as much "
+        f"again for one counterfactual of each{f'; {head / GIB:.3g} GiB for the head' if head else ''}"
+    )
 
 
 def _range(seconds: tuple[float, float]) -> str:
@@ -306,7 +384,7 @@ def _remedy(stage: Stage, device: Device) -> str:
     if not device.holds(stage.weights + stage.state):
         held = "weights, gradients and AdamW" if stage.state else "weights"
         return f"{held} alone do not; take a larger device, smaller models" + (
-            "" if stage.state else " or --dtype bfloat16"
+            ", or see --lora-rank and --teacher-mode" if stage.state else " or --dtype bfloat16"
         )
     if stage.name == "distil":
         return "set gradient_checkpointing: true under `training:`, or lower --max-tokens"
@@ -326,22 +404,3 @@ def count(units: Sequence[Pair | Skip], max_tokens: int, console: Console) -> No
     grid.add_row("longest sample", *(str(max(each, default=0)) for each in lengths))
     grid.add_row(f"packs of up to {max_tokens}", *(str(len(list(batches(samples, max_tokens)))) for samples in both))
     console.print(grid)
-
-
-def half_response(length: int, vocab: int, n: int = 0) -> Sample:
-    """A row of a length: half prompt, half response."""
-    half = max(1, length // 2)
-    ids = [(n + i) % vocab for i in range(length)]
-    return Sample(str(n), "instruction", 0, "", 0, ids, [], half, [i < half for i in range(length)])
-
-
-def counterfactual_groups(length: int, vocab: int, count: int) -> list[Group]:
-    """Originals of a length, each with a counterfactual that shares half of it."""
-
-    def group(item: Sample) -> Group:
-        half = item.response_start
-        original = {"input_ids": item.input_ids, "response_start": half}
-        deleted = {"input_ids": item.input_ids[: half - 1] + item.input_ids[half:], "response_start": half - 1}
-        return {"id": item.id, "original": original, "counterfactuals": [deleted]}  # type: ignore[typeddict-item]
-
-    return [group(half_response(length, vocab, n)) for n in range(count)]

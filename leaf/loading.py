@@ -4,14 +4,23 @@ from __future__ import annotations
 
 import datetime
 import importlib.util
+import json
 import os
+import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from accelerate import PartialState
-from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    set_seed,
+)
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .checks import check_efficient_loading
@@ -25,7 +34,7 @@ def check_loading(config: RunConfig, stages: Sequence[str], ranks: int) -> list[
 
     Raises:
         ValueError: what is asked for does not go with the number of processes.
-        ImportError: bitsandbytes is missing.
+        ImportError: bitsandbytes or peft is missing.
     """
     notes = []
     cached = config.teacher_mode in CACHED
@@ -44,11 +53,7 @@ def check_loading(config: RunConfig, stages: Sequence[str], ranks: int) -> list[
             "processes share)"
         )
     if config.teacher_quantization and {"select", "score", "verify", "cache", "distill"} & asked:
-        if importlib.util.find_spec("bitsandbytes") is None:
-            raise ImportError(
-                f"--teacher-quantization {config.teacher_quantization} needs bitsandbytes: `pip install "
-                "'leaf-kernels[quantization]'`, or leave it out"
-            )
+        _check_installed("bitsandbytes", f"--teacher-quantization {config.teacher_quantization}", "quantization")
         notes.append(
             f"teacher: quantized to {config.teacher_quantization}; its answers and sensitivities are those of the quantized "
             "model, and its gradient passes through dequantized weights"
@@ -68,7 +73,36 @@ def check_loading(config: RunConfig, stages: Sequence[str], ranks: int) -> list[
             )
     if {"cache", "distill"} & asked:
         _check_teacher_mode(config, ranks)
+    return [*notes, *_check_student(config, stages)]
+
+
+def _check_student(config: RunConfig, stages: Sequence[str]) -> list[str]:
+    notes = []
+    if "distill" in stages:
+        if config.student and adapter_base(config.student):
+            raise ValueError(
+                f"--student {config.student} is an adapter, which is not trained further: merge it into its model (peft's "
+                "merge_and_unload) and give what that saves"
+            )
+        if config.lora_rank:
+            _check_installed("peft", f"--lora-rank {config.lora_rank}", "peft")
+        if config.student_quantization:
+            _check_installed("bitsandbytes", f"--student-quantization {config.student_quantization}", "quantization")
+            notes.append(
+                f"student: quantized to {config.student_quantization} while its adapters are trained; they are evaluated on "
+                "the model that is not quantized, as they load"
+            )
+    trained = config.lora_rank if "distill" in stages else adapter_base(os.path.join(config.output, "model"))
+    if "eval" in stages and config.engine == "vllm" and trained:
+        raise ValueError(
+            "--engine vllm does not load the adapter that --lora-rank leaves in model/: give --engine transformers"
+        )
     return notes
+
+
+def _check_installed(package: str, option: str, extra: str) -> None:
+    if importlib.util.find_spec(package) is None:
+        raise ImportError(f"{option} needs {package}: `pip install 'leaf-kernels[{extra}]'`")
 
 
 def _check_teacher_mode(config: RunConfig, ranks: int) -> None:
@@ -107,7 +141,7 @@ def load_model(
     quantization: str | None = None,
     shard: bool = False,
 ) -> PreTrainedModel:
-    """A causal language model.
+    """A causal language model, or one with the adapter that peft has saved in a folder.
 
     Attention dropout is set to 0: packed attention has none.
 
@@ -117,7 +151,10 @@ def load_model(
         quantization: "8bit" or "4bit"; the head keeps `dtype`.
         shard: each decoder layer is divided among the ranks, all of which call this and then run the model in step.
     """
-    config = AutoConfig.from_pretrained(name)
+    base = adapter_base(name)
+    if base is not None:
+        _check_installed("peft", f"the adapter in {name}", "peft")
+    config = AutoConfig.from_pretrained(base or name)
     for option in without_attention_dropout(config):
         say(f"{name}: {option} is set to 0")
     options: dict[str, Any] = {"config": config, "dtype": dtype}
@@ -134,6 +171,29 @@ def load_model(
         return AutoModelForCausalLM.from_pretrained(name, **options)
 
     return _load_sharded(load, device) if shard else load().to(device)
+
+
+def with_adapters(model: PreTrainedModel, rank: int, alpha: int, seed: int) -> PreTrainedModel:
+    """`model`, frozen, with trainable LoRA adapters in fp32 on every linear layer but the output head (peft).
+
+    Nothing else of it is cast: norms compute in fp32 whatever their weights are in.
+    """
+    _check_installed("peft", f"--lora-rank {rank}", "peft")
+    from peft import LoraConfig, get_peft_model
+
+    set_seed(seed)  # adapters begin as random numbers, times 0
+    options: dict[str, Any] = {"target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+    adapted: Any = get_peft_model(model, LoraConfig(r=rank, lora_alpha=alpha, **options))
+    base = str(model.name_or_path)
+    # It has to be found from wherever the adapter is loaded
+    adapted.active_peft_config.base_model_name_or_path = os.path.abspath(base) if os.path.isdir(base) else base
+    return adapted
+
+
+def adapter_base(name: str) -> str | None:
+    """What the adapter that peft has saved in folder `name` belongs to; None: there is none."""
+    path = pathlib.Path(name, "adapter_config.json")
+    return json.loads(path.read_text(encoding="utf-8"))["base_model_name_or_path"] if path.is_file() else None
 
 
 def without_attention_dropout(config: PreTrainedConfig) -> list[str]:

@@ -136,7 +136,13 @@ class Run:
         return make_encoder(self.config)
 
     def load(
-        self, name: str, dtype: torch.dtype | None = None, *, spread: bool = True, shard: bool = False
+        self,
+        name: str,
+        dtype: torch.dtype | None = None,
+        *,
+        spread: bool = True,
+        shard: bool = False,
+        quantization: str | None = None,
     ) -> PreTrainedModel:
         """A model, by default in `--dtype`; the teacher quantized, where that is asked for. See `load_model`.
 
@@ -145,6 +151,7 @@ class Run:
         Args:
             spread: over the GPUs, where `--device-map` asks for it; a model to train, or to train with, is on one.
             shard: over the ranks, all of which call this.
+            quantization: of the student, where adapters are trained on it.
         """
         free_memory()
         return load_model(
@@ -153,12 +160,12 @@ class Run:
             device_of(self.config),
             self.ui.say,
             device_map=self.config.device_map if spread else None,
-            quantization=self.quantization(name),
+            quantization=quantization or self.quantization(name),
             shard=shard,
         )
 
     def quantization(self, name: str) -> str | None:
-        """What a model is quantized to: only the teacher ever is."""
+        """What a model that is asked or measured is quantized to: only the teacher ever is."""
         return self.config.teacher_quantization if name == self.config.teacher else None
 
     def most(self, n: int) -> int:

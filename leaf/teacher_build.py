@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from leaf_kernels import SharedPrefixLayout, pack_groups
 from leaf_kernels.integrations.transformers import NAME, check_model, register
@@ -338,8 +338,11 @@ def _is_good(path: pathlib.Path, index: Sequence[Entry]) -> bool:
 
 def bytes_per_row(run: Run) -> dict[str, int]:
     """What a response token takes on disk, by the kind of the cache."""
-    size = AutoConfig.from_pretrained(run.name("teacher")).get_text_config().hidden_size
-    return {"hidden": size * getattr(torch, run.dtype).itemsize, "topk": 8 * run.config.cache_topk}
+    return widths(AutoConfig.from_pretrained(run.name("teacher")), getattr(torch, run.dtype), run.config.cache_topk)
+
+
+def widths(teacher: PreTrainedConfig, dtype: torch.dtype, k: int) -> dict[str, int]:
+    return {"hidden": teacher.get_text_config().hidden_size * dtype.itemsize, "topk": 8 * k}
 
 
 def _head_bytes(run: Run) -> int:

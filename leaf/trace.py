@@ -18,6 +18,9 @@ from leaf_kernels.integrations.transformers import NAME
 from leaf_kernels.testing import AllocationRecorder, gpu_shapes
 
 from . import sensitivity
+from .data import Sample
+from .loading import with_adapters
+from .pack import Group
 
 PRODUCTS = {getattr(torch.ops.aten, name) for name in ("mm", "addmm", "bmm", "baddbmm", "_grouped_mm")}
 
@@ -99,6 +102,35 @@ def fake_model(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     return model.requires_grad_(False).eval()
 
 
+def put_adapters(model: PreTrainedModel, rank: int) -> None:
+    """Those of `leaf.loading.with_adapters` into a fake model. peft moves them, which fake parameters do not stand."""
+    with torch.device("meta"):
+        with_adapters(model, rank, rank, seed=0)
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.is_meta:
+                setattr(module, name, torch.nn.Parameter(torch.empty_like(parameter, device="cpu")))
+
+
 def weight_bytes(model: PreTrainedModel) -> int:
     tensors = {t.untyped_storage()._cdata: t.nbytes for t in (*model.parameters(), *model.buffers())}
     return sum(tensors.values())
+
+
+def half_response(length: int, vocab: int, n: int = 0) -> Sample:
+    """A row of a length: half prompt, half response."""
+    half = max(1, length // 2)
+    ids = [(n + i) % vocab for i in range(length)]
+    return Sample(str(n), "instruction", 0, "", 0, ids, [], half, [i < half for i in range(length)])
+
+
+def counterfactual_groups(length: int, vocab: int, count: int) -> list[Group]:
+    """Originals of a length, each with a counterfactual that shares half of it."""
+
+    def group(item: Sample) -> Group:
+        half = item.response_start
+        original = {"input_ids": item.input_ids, "response_start": half}
+        deleted = {"input_ids": item.input_ids[: half - 1] + item.input_ids[half:], "response_start": half - 1}
+        return {"id": item.id, "original": original, "counterfactuals": [deleted]}  # type: ignore[typeddict-item]
+
+    return [group(half_response(length, vocab, n)) for n in range(count)]

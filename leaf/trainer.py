@@ -83,7 +83,8 @@ class LeafTrainer(Trainer):
     """Distils `teacher` into `model` on groups of originals and counterfactuals.
 
     Args:
-        model: the student. It stays what it is: every checkpoint loads with plain `from_pretrained`. Both models are set to
+        model: the student, or a peft model with adapters on its body. It stays what it is: every checkpoint loads with plain
+            `from_pretrained`, that of a peft model holds its adapters. Both models are set to
             `attn_implementation="leaf"`; before `generate()`, call `model.set_attn_implementation("sdpa")`.
         teacher: a model, which this call freezes and moves to the training device, unless it is quantized, spread by a
             `device_map` or sharded over the ranks (`leaf.loading`); or a `leaf.teacher.TeacherCache` of its answers.
@@ -156,11 +157,11 @@ class LeafTrainer(Trainer):
         self.head_sizes = len(head_of(student).weight), columns
         same = self.head_sizes[0] == self.head_sizes[1]
         self.vocab_size = vocab_size if vocab_size is not None or same else min(self.head_sizes)
-        if student.dtype in (torch.bfloat16, torch.float16) and any(p.requires_grad for p in student.parameters()):
+        if narrow := {p.dtype for p in student.parameters() if p.requires_grad} & {torch.bfloat16, torch.float16}:
             logger.warning(
-                "the student's trained weights are %s: at small learning rates most updates round to nothing; load it with "
-                "dtype=torch.float32 and train with bf16=True",
-                student.dtype,
+                "trained weights of the student are %s: at small learning rates most updates round to nothing; load it with "
+                "dtype=torch.float32 (adapters: leave peft's autocast_adapter_dtype on) and train with bf16=True",
+                " and ".join(map(str, narrow)),
             )
 
     # -- data ------------------------------------------------------------------------------------------------------------

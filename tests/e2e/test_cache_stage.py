@@ -57,6 +57,25 @@ def test_everything_that_is_distilled_is_cached(tmp_path: pathlib.Path, pair: di
     assert any(line.startswith("cache: computed again, because") and "kind" in line for line in said)
 
 
+def test_its_size_is_estimated_before(
+    tmp_path: pathlib.Path, pair: dict[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_stages(config(tmp_path, pair), BEFORE)
+    run = Run(config(tmp_path, pair))
+    groups = build_groups(open_table(run.folder / "score"), open_table(run.folder / "verify"), run.encoder.encode_text)
+    originals = [group["original"] for group in groups if group["original"]]
+    rows = sum(len(member["input_ids"]) - member["response_start"] for member in originals)
+    argv = ["estimate", "--data", str(tmp_path / "rows.jsonl"), "--device", "h100", "--lora-rank", "2"]
+    argv += [word for role, name in pair.items() for word in (f"--{role}", name)]
+    for level in ("instruction", "both"):
+        assert cli.main([*argv, "--teacher-mode", "cached_topk", "--level", level]) == 0
+        said = " ".join(capsys.readouterr().out.split())
+        assert f"cache on disk: {rows * 64 * 8 / 2**30:.3g} GiB for {rows} response tokens of the originals" in said
+        assert "LoRA of rank 2; --teacher-mode cached_topk" in said
+    assert cli.main([*argv, "--teacher-mode", "fsdp2"]) == 0
+    assert "distil is not estimated with --teacher-mode fsdp2" in " ".join(capsys.readouterr().out.split())
+
+
 def test_on_the_command_line(tmp_path: pathlib.Path, pair: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
     run_stages(config(tmp_path, pair), BEFORE)
     models = [word for role, name in pair.items() for word in (f"--{role}", name)]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from torch.distributed.tensor import DTensor
 from training import Gradients, arguments, assert_same, groups, model, train, whole
 from transformers import AutoModelForCausalLM
 
+from leaf.loading import load_model, with_adapters
 from leaf.trainer import LeafTrainer
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "accelerate"
@@ -60,6 +63,18 @@ def frozen_head() -> Any:
     return student
 
 
+def quantized(bits: str) -> Any:
+    with tempfile.TemporaryDirectory() as folder:
+        model(0).float().save_pretrained(folder)
+        body = load_model(folder, torch.float32, torch.device("cpu"), print, quantization=bits)
+    adapted: Any = with_adapters(body, 2, 4, seed=0)
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:  # zeros have no gradient to their other half
+            torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(1))
+    return adapted
+
+
+HAS_BNB = importlib.util.find_spec("bitsandbytes") is not None
 STUDENTS: dict[str, Callable[[], Any]] = {"tied": tied, "lora": lora, "frozen head": frozen_head}
 
 
@@ -104,6 +119,21 @@ def rank_fsdp_resume(output: str) -> Any:
     return weights(interrupted), weights(resumed), resumed.state.global_step
 
 
+def rank_fsdp_adapters(output: str) -> Any:
+    """On a body in bf16, as `leaf distill --lora-rank` makes them on GPUs."""
+
+    def make() -> LeafTrainer:
+        student = with_adapters(model(0).bfloat16(), 2, 4, seed=0)
+        options = {**LEARNING, "bf16": True, **FSDP}
+        return LeafTrainer(student, model(1, hidden=32).bfloat16(), arguments(output, **options), groups())
+
+    interrupted, resumed = make(), make()
+    interrupted.train()
+    resumed.train(resume_from_checkpoint=f"{output}/checkpoint-3")
+    resumed.save_model(f"{output}/final")
+    return weights(interrupted), weights(resumed), resumed.state.global_step
+
+
 def rank_fsdp_sharded_checkpoints(output: str) -> Any:
     """Accelerate's default. The Trainer alone saves no model then."""
     sharded = {**FSDP["fsdp_config"], "state_dict_type": "SHARDED_STATE_DICT"}
@@ -119,6 +149,14 @@ def rank_students(output: str) -> Any:
         for kind, options in (("ddp", {}), ("fsdp2", FSDP)):
             with engine():
                 found[f"{name}, {kind}"] = gradients(output, student, 2, **options)
+    return found
+
+
+def rank_quantized(output: str) -> Any:
+    found = {}
+    for bits in ("8bit", "4bit") if HAS_BNB else ():
+        with engine():
+            found[bits] = gradients(output, lambda bits=bits: quantized(bits), 2)
     return found
 
 
@@ -203,6 +241,18 @@ def test_fsdp_resumes_as_if_it_had_not_been_interrupted_and_saves_a_plain_model(
     assert_equal(resumed, first["ddp_checkpoints"], rtol=1e-4, atol=1e-5)
 
 
+def test_fsdp_resumes_adapters_on_a_body_in_bf16_and_saves_them_alone(ranks):
+    folder, (first, second) = ranks
+    whole_run, resumed, steps = first["fsdp_adapters"]
+    assert steps == 6
+    assert_equal(resumed, whole_run)
+    assert_equal(second["fsdp_adapters"][1], resumed)
+    adapters = {name.replace(".default", ""): value for name, value in resumed.items() if ".lora_" in name}
+    assert {value.dtype for value in adapters.values()} == {torch.float32}
+    assert all(value.any() for value in adapters.values()), "nothing was trained"
+    assert_equal(load_file(folder / "rank_fsdp_adapters" / "final" / "adapter_model.safetensors"), adapters)
+
+
 def test_a_final_model_is_whole_where_checkpoints_are_sharded(ranks):
     folder, (first, _) = ranks
     trained, checkpoint = first["fsdp_sharded_checkpoints"]
@@ -221,6 +271,17 @@ def test_students(name: str, kind: str, ranks, tmp_path):
         assert_same((losses or expected[0], steps), expected)
     if name == "frozen head":
         assert "lm_head.weight" not in expected[1][0]
+
+
+@pytest.mark.skipif(not HAS_BNB, reason="bitsandbytes is not installed")
+@pytest.mark.parametrize("bits", ["8bit", "4bit"])
+def test_adapters_on_a_quantized_body(bits: str, ranks, tmp_path):
+    _, found = ranks
+    expected = gradients(tmp_path, lambda: quantized(bits), 4)
+    for each in found:
+        assert_same(each["quantized"][bits], expected)
+    plain = gradients(tmp_path, lambda: with_adapters(model(0).float(), 2, 4, seed=0), 4)
+    assert plain[0] != pytest.approx(expected[0], rel=1e-4), "nothing was quantized"
 
 
 def test_examples_for_accelerate(ranks, tmp_path):

@@ -8,6 +8,7 @@ import json
 import pathlib
 import subprocess
 import sys
+from collections.abc import Sequence
 
 import pytest
 import tiny
@@ -16,9 +17,14 @@ from rich.console import Console
 from transformers import PreTrainedConfig
 
 from leaf import cli
+from leaf.config import CACHED
 from leaf.devices import GPUS, device_named
 from leaf.estimate import Estimator, Stage, Workload, counterfactual_groups, half_response, read_config, report
+from leaf.loading import with_adapters
+from leaf.objective import Head
 from leaf.sensitivity import Scorer
+from leaf.teacher import TeacherCache
+from leaf.teacher_build import Teacher, distinct
 from leaf.trainer import LeafArguments, LeafTrainer
 from leaf_kernels.testing import record_peak_bytes
 
@@ -64,6 +70,62 @@ def test_distillation_takes_what_is_predicted(tmp_path: pathlib.Path, checkpoint
     assert stage.state == 3 * sum(p.nbytes for p in student.parameters())
     # The gradients and AdamW's states are created inside
     assert stage.peak - stage.weights == pytest.approx(peak[0], rel=0.05)
+
+
+class Known(TeacherCache):
+    """Zeros, of a teacher of 64 hidden units."""
+
+    def __init__(self, mode: str) -> None:
+        weight = torch.zeros(VOCABULARY, 64)
+        self.head = Head(weight, None, None, 1.0) if mode == "cached_hidden" else None
+        self.kind, self.temperature = CACHED[mode], 1.0
+        self.key = {"k": 8, "vocab_size": VOCABULARY}
+
+    def read(self, input_ids: Sequence[int], response_start: int) -> dict[str, torch.Tensor]:
+        rows = len(input_ids) - response_start
+        return {name: t.new_zeros(rows, t.shape[1]) for name, t in self.empty().items()}
+
+
+@pytest.mark.parametrize(
+    ("mode", "rank"), [("replicate", 8), ("cached_hidden", None), ("cached_topk", None), ("cached_topk", 8)]
+)
+def test_distillation_from_a_cache_and_of_adapters(tmp_path: pathlib.Path, mode: str, rank: int | None) -> None:
+    student, teacher = (tiny.model(tiny.tokenizer(), seed=seed, hidden=64, vocab_size=VOCABULARY) for seed in (0, 1))
+    options = {"teacher_mode": mode, "lora_rank": rank, "cache_topk": 8}
+    stage = estimator(student.config, length=128, rows=3, **options).distillation(False)
+    whole = sum(p.nbytes for p in {*student.parameters(), *student.buffers()})
+    if rank:
+        student = with_adapters(student, rank, 16, seed=0)
+    adapters = sum(p.nbytes for name, p in student.named_parameters() if ".lora_" in name)
+    taught = {"replicate": whole, "cached_hidden": VOCABULARY * 64 * 4, "cached_topk": 0}[mode]
+    assert stage.weights == whole + adapters + taught
+    assert stage.state == 3 * sum(p.nbytes for p in student.parameters() if p.requires_grad)
+    arguments = LeafArguments(
+        output_dir=str(tmp_path), max_steps=2, per_device_train_batch_size=2, gradient_accumulation_steps=2, max_tokens=384,
+        use_cpu=True, disable_tqdm=True, save_strategy="no",
+    )  # fmt: skip
+    groups = counterfactual_groups(128, VOCABULARY, 2)
+    trainer = LeafTrainer(student, teacher if mode == "replicate" else Known(mode), arguments, train_dataset=groups * 4)
+    with record_peak_bytes() as peak:
+        trainer.train()
+    assert stage.peak - stage.weights == pytest.approx(peak[0], rel=0.05)
+
+
+@pytest.mark.parametrize("mode", CACHED)
+def test_a_cache_takes_what_is_predicted(mode: str) -> None:
+    teacher = tiny.model(tiny.tokenizer(), hidden=64, vocab_size=VOCABULARY)
+    stage = estimator(teacher.config, length=128, rows=3, teacher_mode=mode, cache_topk=8).caching()
+    key = {"kind": CACHED[mode], "k": 8, "vocab_size": VOCABULARY, "temperature": 1.0, "dtype": "float32"}
+    asked, groups = Teacher(teacher, key), distinct(counterfactual_groups(128, VOCABULARY, 2))
+    with record_peak_bytes() as peak:
+        asked(groups)
+    assert stage.activations == pytest.approx(peak[0], rel=0.05)
+
+
+def test_a_teacher_that_devices_share_is_not_estimated() -> None:
+    names = [stage.name for stage in estimator(config(), teacher_mode="fsdp2").all()]
+    assert not any(name.startswith(("distil", "cache")) for name in names)
+    assert "cache" in [stage.name for stage in estimator(config(), teacher_mode="cached_topk").all()]
 
 
 def test_generation_holds_its_cache_at_full_width() -> None:
