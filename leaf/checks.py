@@ -40,7 +40,6 @@ def check_arguments(args: LeafArguments, *, spread_teacher: bool = False) -> Non
                 "FSDP1 shards weights that the losses read: use FSDP2 (fsdp_version: 2 in the accelerate config, or "
                 "fsdp_config={'version': 2})"
             )
-        check_efficient_loading(args.world_size)
     parallel = args.parallelism_config
     if parallel is None and _is_set("ACCELERATE_USE_PARALLELISM_CONFIG"):
         parallel = ParallelismConfig()  # reads the environment
@@ -55,20 +54,6 @@ def check_arguments(args: LeafArguments, *, spread_teacher: bool = False) -> Non
         gathers = "zero_optimization.stage3_gather_16bit_weights_on_model_save"
         if config.is_zero3() and not config.is_true(gathers):
             raise ValueError(f"ZeRO-3 saves no model that transformers can load without {gathers}: set it to true")
-
-
-def check_efficient_loading(ranks: int) -> None:
-    """Under FSDP's efficient loading all ranks but one get weights without values, those of frozen models for good.
-
-    Raises:
-        ValueError: it is on, by the environment in which transformers looks.
-    """
-    if ranks > 1 and _is_set("ACCELERATE_USE_FSDP") and _is_set("FSDP_CPU_RAM_EFFICIENT_LOADING"):
-        raise ValueError(
-            "FSDP's efficient loading leaves the weights of every model, those to score and to generate with too, without "
-            "values on all ranks but one: set fsdp_cpu_ram_efficient_loading: false in the accelerate config, so that every "
-            "rank loads them"
-        )
 
 
 def _is_set(name: str) -> bool:
@@ -95,11 +80,11 @@ def check_shards(trainer: Trainer) -> None:
 
 
 def refuse_without_values(model: PreTrainedModel, role: str) -> None:
-    """Under FSDP's efficient loading all ranks but one get weights without values, those of a teacher for good."""
+    """Where all ranks but one have loaded weights without values: FSDP would fill in the student's, and no one a teacher's."""
     if any(parameter.is_meta for parameter in model.parameters()) and not hasattr(model, "hf_device_map"):
         raise ValueError(
-            f"weights of the {role} have no values on this rank: set fsdp_cpu_ram_efficient_loading: false in the "
-            "accelerate config, so that every rank loads them"
+            f"weights of the {role} have no values on this rank: load them on every rank (fsdp_cpu_ram_efficient_loading: false "
+            "in the accelerate config)"
         )
 
 
@@ -114,7 +99,7 @@ def settle(teacher: PreTrainedModel, device: torch.device) -> PreTrainedModel:
     return teacher
 
 
-def check_cache(cache: TeacherCache, divergence: str, temperature: float) -> None:
+def check_cache(cache: TeacherCache, divergence: str, temperature: float, vocab_size: int | None) -> None:
     """Of the K most probable tokens only the forward KL is known, at the temperature they were stored at."""
     if cache.kind != "topk":
         return
@@ -127,6 +112,10 @@ def check_cache(cache: TeacherCache, divergence: str, temperature: float) -> Non
         raise ValueError(
             f"temperature={temperature:g}, but the cached log-probabilities are at {cache.temperature:g}: use that, or "
             "build the cache again with `leaf cache --temperature`"
+        )
+    if vocab_size is not None and vocab_size != cache.vocab_size:
+        raise ValueError(
+            f"vocab_size={vocab_size}, but the cached probabilities are over the first {cache.vocab_size} tokens: use that"
         )
 
 

@@ -13,12 +13,13 @@ import pyarrow as pa
 import torch
 from accelerate.utils import broadcast_object_list
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from .banner import Banner
 from .card import run_card
 from .checkpoint import full_disk, last_whole
 from .config import CACHED, RunConfig, did_you_mean
-from .loading import with_adapters
+from .loading import PATIENCE, with_adapters
 from .pack import build_groups
 from .run import Produced, Run, Ui, device_of
 from .tables import Table, digest, open_table
@@ -70,7 +71,9 @@ def distill(run: Run) -> Table:
         )  # the Trainer knows those of its own steps only
         run.ui.say(f"distill: {result.global_step} steps at learning rate {arguments.learning_rate:g}{mean}")
         trainer.save_model(str(unfinished))  # every rank: a sharded model is gathered from all
+        unset_hf_deepspeed_config()  # or what is loaded next would be divided among the ranks
         if run.is_writer:
+            (unfinished / "training_args.bin").unlink(missing_ok=True)  # a pickle, with paths of this machine
             named = {role: run.name(role) for role in ("student", "teacher")}
             run_card(trainer, unfinished, scores=scores, counterfactuals=counterfactuals, data=run.config.data, **named)
             _replace(run.folder / "model", unfinished)
@@ -85,9 +88,11 @@ def distill(run: Run) -> Table:
 def load_student(run: Run) -> PreTrainedModel:
     """In fp32, to be trained as a whole; with `--lora-rank` frozen, in `--dtype` or quantized, under adapters in fp32."""
     config, name = run.config, run.name("student")
+    host = torch.device("cpu")  # from there the Trainer moves all of it, or the share of a rank
     if config.lora_rank is None or config.lora_alpha is None:
-        return run.load(name, torch.float32, spread=False)
-    body = run.load(name, spread=False, quantization=config.student_quantization)
+        return run.load(name, torch.float32, spread=False, device=host)
+    quantization = config.student_quantization
+    body = run.load(name, spread=False, quantization=quantization, device=None if quantization else host)
     return with_adapters(body, config.lora_rank, config.lora_alpha, config.seed)
 
 
@@ -119,6 +124,7 @@ def training_arguments(config: RunConfig, folder: pathlib.Path) -> LeafArguments
         "loss_mode": config.loss,
         "counterfactuals_per_sample": str(config.counterfactuals_per_sample),
         "disable_tqdm": True,
+        "ddp_timeout": int(PATIENCE.total_seconds()),
     }
     for name in ("lambda_", "temperature", "divergence", "beta", "ce_weight", "max_tokens"):
         own[name] = getattr(config, name)

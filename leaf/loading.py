@@ -23,7 +23,6 @@ from transformers import (
 )
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from .checks import check_efficient_loading
 from .config import CACHED, RunConfig
 
 PATIENCE = datetime.timedelta(hours=1)  # of a rank with the others: one of them may read a large model from a slow disk
@@ -44,8 +43,6 @@ def check_loading(config: RunConfig, stages: Sequence[str], ranks: int) -> list[
             "--teacher-mode cached_hidden` or `cached_topk`, and distil with the same"
         )
     asked = set(stages) if cached else set(stages) - {"cache"}
-    if asked - {"prune", "report"}:
-        check_efficient_loading(ranks)
     if config.device_map and ranks > 1 and {"select", "score", "verify", "cache", "eval"} & asked:
         raise ValueError(
             f"--device-map {config.device_map}: each of the {ranks} processes would spread its models over all GPUs: run it "

@@ -114,6 +114,8 @@ class Collator:
         shares = [[g for g, to in enumerate(dealt) if to == rank] for rank in range(self.ranks)]
         cuts = [pack_sizes([sizes[g] for g in share], self.max_tokens) for share in shares]
         mine = shares[self.rank]
+        # The largest first: ranks that wait for each other in every pack then run packs of like size
+        cuts[self.rank].sort(key=lambda pack: -sum(sizes[mine[g]] for g in pack))
         packs = [[groups[mine[g]] for g in pack] for pack in cuts[self.rank]]
         packs += [[]] * (max(1, *map(len, cuts)) - len(packs))
         return {"packs": [self._pack(pack) for pack in packs]}

@@ -143,6 +143,7 @@ class Run:
         spread: bool = True,
         shard: bool = False,
         quantization: str | None = None,
+        device: torch.device | None = None,
     ) -> PreTrainedModel:
         """A model, by default in `--dtype`; the teacher quantized, where that is asked for. See `load_model`.
 
@@ -152,12 +153,13 @@ class Run:
             spread: over the GPUs, where `--device-map` asks for it; a model to train, or to train with, is on one.
             shard: over the ranks, all of which call this.
             quantization: of the student, where adapters are trained on it.
+            device: where it goes, if not to that of the run.
         """
         free_memory()
         return load_model(
             name,
             dtype or getattr(torch, self.dtype),
-            device_of(self.config),
+            device or device_of(self.config),
             self.ui.say,
             device_map=self.config.device_map if spread else None,
             quantization=quantization or self.quantization(name),

@@ -13,7 +13,7 @@ import hashlib
 import os
 import sys
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import pyarrow as pa
@@ -108,7 +108,7 @@ class TeacherCache:
         """The teacher's head, for "hidden": weight [V', Dt] in its own dtype, on the CPU. None for "topk"."""
         if self.kind != "hidden":
             return None
-        tensors = self._read(HEAD, 0)
+        tensors = self._read(self._entries[HEAD])
         softcap = tensors["softcap"].item() if "softcap" in tensors else None
         return Head(tensors["weight"], tensors.get("bias"), softcap, tensors["logit_scale"].item())
 
@@ -128,18 +128,18 @@ class TeacherCache:
             NotCached: the cache was built for other sequences, or for less of this response.
             ValueError: `response_start` leaves no row, or the file is missing or damaged.
         """
-        if not 0 < response_start < len(input_ids):
-            raise ValueError(f"response_start must lie in [1, {len(input_ids)}), got {response_start}")
-        sequence = sequence_key(input_ids)
-        if sequence not in self._entries:
-            raise NotCached(
-                f"{self.folder} holds nothing for a sequence of {len(input_ids)} tokens: it was built for other rows; run "
-                f"`leaf cache --output {self.folder.parent}` with the options of this run"
-            )
-        tensors = self._read(sequence, response_start)
+        entry = self._entry(input_ids, response_start)
+        skipped = response_start - entry.response_start
+        tensors = {name: tensor[skipped:] for name, tensor in self._read(entry).items()}
         if self.kind == "hidden":
             return {"teacher_hidden": tensors["hidden"].clone()}
         return {"topk_ids": tensors["ids"].to(torch.int64), "topk_logprobs": tensors["logprobs"].clone()}
+
+    def check(self, groups: Iterable[dict[str, Any]]) -> None:
+        """Raises NotCached where `read` would, for any sequence of groups; reads nothing but the index."""
+        for group in groups:
+            for member in filter(None, (group["original"], *group["counterfactuals"])):
+                self._entry(member["input_ids"], member["response_start"])
 
     def empty(self) -> dict[str, torch.Tensor]:
         """What `read` returns, of no row."""
@@ -148,14 +148,24 @@ class TeacherCache:
         ids = torch.empty(0, self.key["k"], dtype=torch.int64)
         return {"topk_ids": ids, "topk_logprobs": ids.float()}
 
-    def _read(self, sequence: bytes, response_start: int) -> Tensors:
-        """Mapped, and checked: the rows from `response_start` on, or all of the head."""
-        entry = self._entries[sequence]
+    def _entry(self, input_ids: Sequence[int] | torch.Tensor, response_start: int) -> Entry:
+        if not 0 < response_start < len(input_ids):
+            raise ValueError(f"response_start must lie in [1, {len(input_ids)}), got {response_start}")
+        entry = self._entries.get(sequence_key(input_ids))
+        if entry is None:
+            raise NotCached(
+                f"{self.folder} holds nothing for a sequence of {len(input_ids)} tokens: it was built for other rows; run "
+                f"`leaf cache --output {self.folder.parent}` with the options of this run"
+            )
         if response_start < entry.response_start:
             raise NotCached(
                 f"{self.folder} holds the response of this sequence from token {entry.response_start} on, not from "
                 f"{response_start}: run `leaf cache --output {self.folder.parent}` with the options of this run"
             )
+        return entry
+
+    def _read(self, entry: Entry) -> Tensors:
+        """Mapped, and checked: all rows of an entry, or the head."""
         try:
             tensors = rows_of(self._file(entry.file), entry)
             good = checksum(tensors) == entry.crc32
@@ -166,8 +176,7 @@ class TeacherCache:
                 f"{self.folder / entry.file} is damaged or missing: run `leaf cache --output {self.folder.parent}` again, "
                 "which checks all files and computes this one anew"
             )
-        skipped = response_start - entry.response_start
-        return {name: tensor[skipped:] for name, tensor in tensors.items()} if skipped else tensors
+        return tensors
 
     def _file(self, name: str) -> Tensors:
         if name not in self._mapped:

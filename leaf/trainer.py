@@ -99,6 +99,7 @@ class LeafTrainer(Trainer):
 
     args: LeafArguments
     loss_is_scaled_for_ga = True  # divided by the weights of the whole accumulation window
+    _unchecked: Any = 0.0  # sum of the losses of this step that nobody has looked at yet
 
     def __init__(
         self,
@@ -125,7 +126,7 @@ class LeafTrainer(Trainer):
                 each.set_attn_implementation(NAME)
         refuse_attention_dropout(student)
         if self.answers is not None:
-            check_cache(self.answers, args.divergence, args.temperature)
+            check_cache(self.answers, args.divergence, args.temperature, vocab_size)
         install(student)
         super().__init__(
             model=model,
@@ -148,7 +149,8 @@ class LeafTrainer(Trainer):
         self.teacher = None if online is None else settle(online, args.device)
         head = head_of(online) if self.answers is None else self.answers.head  # type: ignore[arg-type]
         # In the dtype that the student's head will have, cast once, not once per pack
-        dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else head_of(student).weight.dtype
+        mixed = {"bf16": torch.bfloat16, "fp16": torch.float16}  # asked for here or by the launcher
+        dtype = mixed.get(self.accelerator.mixed_precision, head_of(student).weight.dtype)
         self.teacher_head = head and Head(
             *(t.to(args.device, dtype) if isinstance(t, torch.Tensor) else t for t in head)  # type: ignore[arg-type]
         )
@@ -163,6 +165,10 @@ class LeafTrainer(Trainer):
                 "dtype=torch.float32 (adapters: leave peft's autocast_adapter_dtype on) and train with bf16=True",
                 " and ".join(map(str, narrow)),
             )
+
+        for dataset in (train_dataset, eval_dataset):
+            if self.answers is not None and isinstance(dataset, Sequence):
+                self.answers.check(dataset)
 
     # -- data ------------------------------------------------------------------------------------------------------------
 
@@ -180,6 +186,8 @@ class LeafTrainer(Trainer):
         if dataset is None:
             raise ValueError("LeafTrainer: evaluation needs eval_dataset, a sequence or an iterable of groups")
         return self._loader(dataset, self.args.per_device_eval_batch_size, "all", training=False)
+
+    get_test_dataloader = get_eval_dataloader
 
     def _loader(self, dataset: Any, batch_size: int, count: str, training: bool) -> DataLoader:
         """Dealt to the ranks by our own collator: accelerate's samplers repeat samples that do not divide by the ranks."""
@@ -257,11 +265,14 @@ class LeafTrainer(Trainer):
         """The pack's share of E7 over the whole step; times the ranks, because their gradients are averaged."""
         coefficient = self._coefficients(num_items_in_batch)
         loss, result = self._distil(model, inputs, coefficient)
-        if not torch.isfinite(result.loss):
-            raise NonFiniteLoss(
-                f"the loss is {result.loss.item()} at step {self.state.global_step}; nothing was updated with it. Lower the "
-                "learning rate, check the data of this step, or train with bf16=True instead of fp16"
-            )
+        self._unchecked = self._unchecked + result.loss.detach()
+        if self.accelerator.sync_gradients:  # with the last pack of a step: the host waits for the device once
+            if not torch.isfinite(self._unchecked):
+                raise NonFiniteLoss(
+                    f"the loss is {self._unchecked.item()} at step {self.state.global_step}; nothing was updated with it. "
+                    "Lower the learning rate, check the data of this step, or train with bf16=True instead of fp16"
+                )
+            self._unchecked = 0.0
         self.interval.add(inputs, result)
         self._pack_loss = result.loss.detach().float() * self.args.world_size
         loss = loss * self.args.world_size
@@ -339,29 +350,31 @@ class LeafTrainer(Trainer):
         """Token-weighted global means, summed in fp64 over packs and ranks."""
         args = self.args
         model = self._evaluated_model()
-        sums = torch.zeros(4, dtype=torch.float64, device=args.device)  # Σ KL and Σ weight, original and counterfactual
+        # Σ KL and Σ weight, original and counterfactual; sequences
+        sums = torch.zeros(5, dtype=torch.float64, device=args.device)
         one = torch.ones((), device=args.device)
-        samples = 0
+        autocast = self.accelerator.autocast if model is self.model and not self.is_fsdp_enabled else contextlib.nullcontext
         for batch in dataloader:
-            for pack in self._prepare_inputs(batch)["packs"]:
-                with torch.no_grad():
+            for pack in map(self._prepare_inputs, batch["packs"]):
+                with torch.no_grad(), autocast():
                     _, result = self._distil(model, pack, (one, one))
                 kl = torch.stack([result.kl_original, result.kl_counterfactual]).double()
                 weight = torch.stack([pack[w].double().sum() for w in ("weight_original", "weight_counterfactual")])
-                sums += torch.cat([kl, weight])
-                samples += int(pack["layout"].num_segments) if len(pack["rows"]) else 0
+                sequences = pack["layout"].num_segments if len(pack["rows"]) else 0
+                sums += torch.cat([kl, weight, weight.new_tensor([sequences])])
             self.control = self.callback_handler.on_prediction_step(args, self.state, self.control)
         sums = self.accelerator.reduce(sums, "sum")
-        kl, counts = sums[:2], sums[2:]
+        kl, counts, samples = sums[:2], sums[2:4], sums[4]
         means = kl / counts.clamp_min(1e-30)
         loss = (torch.stack(self._coefficients(counts)) * kl).sum()
         names = ("loss", "kl_original", "kl_counterfactual")
         values = dict(zip(names, torch.cat([loss[None], means]).tolist()))
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in values.items()}
-        return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=samples)  # type: ignore[arg-type]
+        return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=int(samples))  # type: ignore[arg-type]
 
     def _evaluated_model(self) -> Any:
-        """The wrapped model; one that was not trained is wrapped here, as the Trainer's own loop does."""
+        """The wrapped model. One that was not trained is prepared here for FSDP and DeepSpeed, as by the Trainer's own loop;
+        for DDP it is left alone: accelerate would take it for wrapped when training follows."""
         if self.is_deepspeed_enabled and self.deepspeed is None:
             deepspeed_init(self, num_training_steps=0, inference=True)
         model: Any = self._wrap_model(self.model, training=False)  # type: ignore[arg-type]
@@ -372,8 +385,6 @@ class LeafTrainer(Trainer):
                 self.model = self.model_wrapped = model
             elif self.is_deepspeed_enabled:
                 self.deepspeed = self.model_wrapped = model = self.accelerator.prepare(model)
-            else:
-                model = self.accelerator.prepare_model(model, evaluation_mode=True)
         return model.eval()
 
     # -- saving ----------------------------------------------------------------------------------------------------------
