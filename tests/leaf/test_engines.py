@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,7 @@ from torch.distributed.tensor import DTensor
 from training import Gradients, arguments, assert_same, groups, model, train, whole
 from transformers import AutoModelForCausalLM
 
+from leaf.checkpoint import damage
 from leaf.trainer import LeafTrainer
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "accelerate"
@@ -190,6 +192,18 @@ def test_a_checkpoint_of_two_ranks_resumes_on_one(ranks, tmp_path):
     alone.train(resume_from_checkpoint=str(folder / "rank_ddp_checkpoints" / "checkpoint-3"))
     assert alone.state.global_step == 6
     assert_equal(weights(alone), first["ddp_checkpoints"], rtol=1e-4, atol=1e-5)
+
+
+def test_checkpoints_are_vouched_for_with_the_files_of_all_ranks(ranks):
+    """The Trainer's own order: nothing waits for the other ranks before the last file is written."""
+    folder, _ = ranks
+    (ddp, fsdp) = (folder / f"rank_{name}" / "checkpoint-3" for name in ("ddp_checkpoints", "fsdp_sharded_checkpoints"))
+    for checkpoint in (ddp, fsdp):
+        assert damage(checkpoint) is None
+        files = json.loads((checkpoint / "leaf_files.json").read_text())
+        assert {"rng_state_0.pth", "rng_state_1.pth", "scheduler.pt"} <= files.keys()
+    assert {"model.safetensors", "optimizer.pt"} <= json.loads((ddp / "leaf_files.json").read_text()).keys()
+    assert "optimizer_0/__1_0.distcp" in json.loads((fsdp / "leaf_files.json").read_text())
 
 
 def test_fsdp_resumes_as_if_it_had_not_been_interrupted_and_saves_a_plain_model(ranks):
