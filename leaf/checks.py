@@ -83,8 +83,8 @@ def refuse_without_values(model: PreTrainedModel, role: str) -> None:
     """Where all ranks but one have loaded weights without values: FSDP would fill in the student's, and no one a teacher's."""
     if any(parameter.is_meta for parameter in model.parameters()) and not hasattr(model, "hf_device_map"):
         raise ValueError(
-            f"weights of the {role} have no values on this rank: load them on every rank (fsdp_cpu_ram_efficient_loading: false "
-            "in the accelerate config)"
+            f"weights of the {role} have no values on this rank: load them on every rank (in the accelerate config, "
+            "fsdp_cpu_ram_efficient_loading: false)"
         )
 
 

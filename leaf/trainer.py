@@ -353,7 +353,9 @@ class LeafTrainer(Trainer):
         # Σ KL and Σ weight, original and counterfactual; sequences
         sums = torch.zeros(5, dtype=torch.float64, device=args.device)
         one = torch.ones((), device=args.device)
-        autocast = self.accelerator.autocast if model is self.model and not self.is_fsdp_enabled else contextlib.nullcontext
+        autocast = (
+            self.accelerator.autocast if model is self.model and not self.is_fsdp_enabled else contextlib.nullcontext
+        )
         for batch in dataloader:
             for pack in map(self._prepare_inputs, batch["packs"]):
                 with torch.no_grad(), autocast():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -82,6 +83,13 @@ def imports(path: Path, *, typing_only: bool = False) -> set[str]:
             base = base.rstrip(".")
             found |= {base} | {f"{base}.{alias.name}" for alias in node.names}
     return found
+
+
+@pytest.mark.parametrize("path", MODULES, ids=str)
+def test_nothing_that_is_read_can_run(path):
+    """Tensors come from safetensors, and no model brings code of its own."""
+    text = (ROOT / path).read_text()
+    assert not re.search(r"torch\.load\(|pickle\.loads?\(|import (c|cloud)?pickle|trust_remote_code\s*=\s*True", text)
 
 
 def under(names: set[str], *prefixes: str) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import tempfile
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from torch.distributed.tensor import DTensor
 from training import Gradients, arguments, assert_same, groups, model, train, whole
 from transformers import AutoModelForCausalLM
 
+from leaf.checkpoint import damage
 from leaf.loading import load_model, with_adapters
 from leaf.trainer import LeafTrainer
 
@@ -161,8 +163,14 @@ def rank_quantized(output: str) -> Any:
 
 
 def rank_examples(output: str) -> Any:
-    """The files for `accelerate launch`, in fp64."""
+    """The files for `accelerate launch`, in fp64; and one as it is, with fp32 models and the launcher's bf16."""
     found = {}
+    with engine():
+        os.environ.update(launched_with(EXAMPLES / "fsdp2.yaml"))
+        pair = model(0).float(), model(1, hidden=32).float()
+        trained = LeafTrainer(*pair, arguments(output, per_device_train_batch_size=2), groups())
+        trained.train()
+        found["as it is"] = [entry["loss"] for entry in trained.state.log_history if "loss" in entry]
     for config in sorted(EXAMPLES.glob("fsdp*.yaml")):
         with engine():
             os.environ.update(launched_with(config) | {"ACCELERATE_MIXED_PRECISION": "no"})
@@ -186,19 +194,17 @@ def rank_bf16(output: str) -> Any:
 
 
 def rank_evaluate(output: str) -> Any:
-    found = {"ddp": trainer(output, per_device_eval_batch_size=2).evaluate()}
-    with engine():
-        evaluated = trainer(output, per_device_eval_batch_size=2, per_device_train_batch_size=2, **FSDP)
-        found["fsdp2"] = evaluated.evaluate()
-        evaluated.add_callback(seen := Gradients())
-        evaluated.train()
-    return found, seen.steps
-
-
-def rank_fsdp1(output: str) -> str:
-    with pytest.raises(ValueError, match="use FSDP2") as caught:
-        trainer(output, fsdp=True, fsdp_config={**FSDP["fsdp_config"], "version": 1, "sync_module_states": False})
-    return str(caught.value)
+    """Evaluation of a model that is not trained yet, of a test set, and training afterwards."""
+    found = {}
+    for kind, options in (("ddp", {}), ("fsdp2", FSDP)):
+        with engine():
+            evaluated = trainer(output, per_device_eval_batch_size=2, per_device_train_batch_size=2, **options)
+            metrics = evaluated.evaluate()
+            tested = evaluated.predict(groups()).metrics
+            evaluated.add_callback(seen := Gradients())
+            evaluated.train()
+            found[kind] = metrics, tested, seen.steps
+    return found
 
 
 # -- what they found ---------------------------------------------------------------------------------------------------
@@ -228,6 +234,18 @@ def test_a_checkpoint_of_two_ranks_resumes_on_one(ranks, tmp_path):
     alone.train(resume_from_checkpoint=str(folder / "rank_ddp_checkpoints" / "checkpoint-3"))
     assert alone.state.global_step == 6
     assert_equal(weights(alone), first["ddp_checkpoints"], rtol=1e-4, atol=1e-5)
+
+
+def test_checkpoints_are_vouched_for_with_the_files_of_all_ranks(ranks):
+    """The Trainer's own order: nothing waits for the other ranks before the last file is written."""
+    folder, _ = ranks
+    (ddp, fsdp) = (folder / f"rank_{name}" / "checkpoint-3" for name in ("ddp_checkpoints", "fsdp_sharded_checkpoints"))
+    for checkpoint in (ddp, fsdp):
+        assert damage(checkpoint) is None
+        files = json.loads((checkpoint / "leaf_files.json").read_text())
+        assert {"rng_state_0.pth", "rng_state_1.pth", "scheduler.pt"} <= files.keys()
+    assert {"model.safetensors", "optimizer.pt"} <= json.loads((ddp / "leaf_files.json").read_text()).keys()
+    assert "optimizer_0/__1_0.distcp" in json.loads((fsdp / "leaf_files.json").read_text())
 
 
 def test_fsdp_resumes_as_if_it_had_not_been_interrupted_and_saves_a_plain_model(ranks):
@@ -287,6 +305,7 @@ def test_adapters_on_a_quantized_body(bits: str, ranks, tmp_path):
 def test_examples_for_accelerate(ranks, tmp_path):
     _, (first, _) = ranks
     expected = train(tmp_path)
+    assert first["examples"].pop("as it is") == pytest.approx(expected[0], rel=2e-2)
     assert set(first["examples"]) == {"fsdp2", "fsdp2_offload"}
     for name, (*found, offloaded) in first["examples"].items():
         assert_same(found, expected)
@@ -312,8 +331,8 @@ def test_evaluation(ranks, tmp_path):
     alone = trainer(tmp_path).evaluate()
     _, expected = train(tmp_path)
     for each in found:
-        evaluated, steps = each["evaluate"]
-        assert_same(([], steps), ([], expected))
-        for kind, metrics in evaluated.items():
-            for name in ("eval_loss", "eval_kl_original", "eval_kl_counterfactual"):
-                assert metrics[name] == pytest.approx(alone[name], rel=1e-6), kind
+        for kind, (metrics, tested, steps) in each["evaluate"].items():
+            assert_same(([], steps), ([], expected))
+            for name in ("loss", "kl_original", "kl_counterfactual"):
+                assert metrics[f"eval_{name}"] == pytest.approx(alone[f"eval_{name}"], rel=1e-6), kind
+                assert tested[f"test_{name}"] == pytest.approx(alone[f"eval_{name}"], rel=1e-6), kind

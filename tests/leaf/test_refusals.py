@@ -19,7 +19,6 @@ from leaf.run import Run, run_stages
 from leaf.trainer import LeafTrainer
 
 FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
-EFFICIENT = {**FSDP, "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}
 PARALLEL = {"ACCELERATE_USE_PARALLELISM_CONFIG": "true", "PARALLELISM_CONFIG_CP_SIZE": "2"}
 
 
@@ -49,7 +48,6 @@ REFUSED: dict[str, tuple[dict[str, Any], int, dict[str, str], str]] = {
     ),
     "no device map": ({"teacher_mode": "device_map"}, 1, {}, "add --device-map auto"),
     "device map on ranks": ({"teacher_mode": "device_map"}, 2, {}, "give --teacher-mode fsdp2, cached_hidden or"),
-    "efficient loading": ({}, 2, EFFICIENT, "set fsdp_cpu_ram_efficient_loading: false"),
     "FSDP1": ({}, 1, {**FSDP, "FSDP_VERSION": "1"}, r"use FSDP2 \(fsdp_version: 2 in the accelerate config"),
     "context parallel": ({}, 1, PARALLEL, r"\{'cp': 2\}: .* use data parallelism \(DDP, FSDP2, ZeRO\)"),
     "FSDP of one": ({"training": {"fsdp": True}}, 1, {}, "leave it out, or use accelerate launch --config_file"),
@@ -117,13 +115,9 @@ def test_several_gpus_in_one_process(tmp_path: pathlib.Path) -> None:
     assert trainer.state.global_step == 1
 
 
-def test_efficient_loading_matters_where_models_are_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
-    from leaf.loading import check_loading
-
-    for name, value in EFFICIENT.items():
-        monkeypatch.setenv(name, value)
-    for stage in ("select", "score", "verify", "distill", "eval"):
-        with pytest.raises(ValueError, match="efficient_loading: false"):
-            check_loading(RunConfig(), [stage], 2)
-        assert check_loading(RunConfig(), [stage], 1) == []
-    assert check_loading(RunConfig(), ["prune", "report"], 2) == []
+def test_weights_without_values(tmp_path: pathlib.Path) -> None:
+    for role, pair in (("student", (model(0).to("meta"), model(1))), ("teacher", (model(0), model(1).to("meta")))):
+        with pytest.raises(
+            ValueError, match=f"weights of the {role} have no values on this rank: load them on every rank"
+        ):
+            LeafTrainer(*pair, arguments(tmp_path), groups())

@@ -336,9 +336,11 @@ def test_what_a_cache_of_the_most_probable_tokens_cannot_do(tmp_path):
         LeafTrainer(model(0), cache, arguments(tmp_path, divergence="reverse_kl"), groups())
     with pytest.raises(ValueError, match="cached log-probabilities are at 1: use that"):
         LeafTrainer(model(0), cache, arguments(tmp_path, temperature=2.0), groups())
-    trainer = LeafTrainer(model(0), cache, arguments(tmp_path), groups(12)[7:])
-    with pytest.raises(LookupError, match="holds nothing for a sequence of"):
-        trainer.train()
+    with pytest.raises(ValueError, match="cached probabilities are over the first 24 tokens: use that"):
+        LeafTrainer(model(0), cache, arguments(tmp_path), groups(), vocab_size=16)
+    for data in ([groups(12), None], [None, groups(12)]):
+        with pytest.raises(LookupError, match="holds nothing for a sequence of"):
+            LeafTrainer(model(0), cache, arguments(tmp_path), *data)
 
 
 def test_groups_are_dealt_to_the_ranks_by_tokens():
@@ -346,6 +348,9 @@ def test_groups_are_dealt_to_the_ranks_by_tokens():
     many = groups(40)
     packs = [Collator(40, rank=rank, ranks=3)(many)["packs"] for rank in range(3)]
     assert len({len(each) for each in packs}) == 1
+    for each in packs:  # ranks that wait for each other run packs of like size
+        sizes = [int(pack["layout"].num_tokens) for pack in each]
+        assert sizes == sorted(sizes, reverse=True)
     tokens = [sum(int(pack["layout"].num_tokens) for pack in each) for each in packs]
     largest = max(len(g["original"]["input_ids"]) * (1 + len(g["counterfactuals"])) for g in many)
     assert max(tokens) - min(tokens) <= largest
