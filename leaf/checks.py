@@ -80,7 +80,7 @@ def check_shards(trainer: Trainer) -> None:
 
 
 def refuse_without_values(model: PreTrainedModel, role: str) -> None:
-    """Where all ranks but one have loaded weights without values: FSDP would fill in the student's, and no one a teacher's."""
+    """Weights that only another rank has loaded: FSDP would fill in a student's, and nobody a teacher's."""
     if any(parameter.is_meta for parameter in model.parameters()) and not hasattr(model, "hf_device_map"):
         raise ValueError(
             f"weights of the {role} have no values on this rank: load them on every rank (in the accelerate config, "

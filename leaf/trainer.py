@@ -187,7 +187,8 @@ class LeafTrainer(Trainer):
             raise ValueError("LeafTrainer: evaluation needs eval_dataset, a sequence or an iterable of groups")
         return self._loader(dataset, self.args.per_device_eval_batch_size, "all", training=False)
 
-    get_test_dataloader = get_eval_dataloader
+    def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
+        return self.get_eval_dataloader(test_dataset)
 
     def _loader(self, dataset: Any, batch_size: int, count: str, training: bool) -> DataLoader:
         """Dealt to the ranks by our own collator: accelerate's samplers repeat samples that do not divide by the ranks."""

@@ -30,7 +30,7 @@ REFUSED: dict[str, tuple[dict[str, Any], int, dict[str, str], str]] = {
         {"teacher_quantization": "8bit"},
         1,
         {},
-        r"`pip install 'leaf-kernels\[quantization\]'`, or leave",
+        r"`pip install 'leaf-kernels\[quantization\]'`",
     ),
     "reverse KL of the top": (
         {"teacher_mode": "cached_topk", "divergence": "reverse_kl"},
