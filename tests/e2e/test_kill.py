@@ -72,6 +72,7 @@ DEATHS = [
     ("0:checkpoint-4/trainer_state.json", 2, "checkpoint-4 is passed over: trainer_state.json is cut off"),
     ("1:step-6", 4, ""),
     ("0:model.tmp/model.safetensors", 7, ""),
+    ("0:model.old", 7, ""),
     ("0:part-00000", 7, ""),
 ]
 

@@ -94,3 +94,25 @@ def test_bad_input_writes_nothing(capsys: pytest.CaptureFixture[str], tmp_path: 
     code, _, err = run(capsys, "score", "--output", str(tmp_path / "run"), "--student", "s", "--teacher", "t")
     assert code == 2
     assert "holds no table: run `leaf select` first" in err
+
+
+def test_a_rank_whose_peer_is_gone_says_so_in_a_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(message: str) -> None:
+        def command(_: object) -> int:
+            raise RuntimeError(message)
+
+        monkeypatch.setattr(cli, "_stages", command)
+
+    fails(
+        "[gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:23941. This is typically caused by ..."
+    )
+    assert run(capsys, "distill") == (
+        2,
+        "",
+        "leaf distill: another process of this run ended; its own message says why\n",
+    )
+    fails("mat1 and mat2 shapes cannot be multiplied")
+    with pytest.raises(RuntimeError, match="mat1"):
+        cli.main(["distill"])
