@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -65,10 +64,8 @@ def frozen_head() -> Any:
     return student
 
 
-def quantized(bits: str) -> Any:
-    with tempfile.TemporaryDirectory() as folder:
-        model(0).float().save_pretrained(folder)
-        body = load_model(folder, torch.float32, torch.device("cpu"), print, quantization=bits)
+def quantized(folder: Path, bits: str) -> Any:
+    body = load_model(str(folder), torch.float32, torch.device("cpu"), print, quantization=bits)
     adapted: Any = with_adapters(body, 2, 4, seed=0)
     for name, parameter in adapted.named_parameters():
         if "lora_B" in name:  # zeros have no gradient to their other half
@@ -158,7 +155,7 @@ def rank_quantized(output: str) -> Any:
     found = {}
     for bits in ("8bit", "4bit") if HAS_BNB else ():
         with engine():
-            found[bits] = gradients(output, lambda bits=bits: quantized(bits), 2)
+            found[bits] = gradients(output, lambda bits=bits: quantized(Path(output).parent / "body", bits), 2)
     return found
 
 
@@ -213,6 +210,7 @@ def rank_evaluate(output: str) -> Any:
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     folder = tmp_path_factory.mktemp("engines")
+    model(0).float().save_pretrained(folder / "body")  # on ranks, only the first one writes
     return folder, on_ranks(on_each_rank, str(folder))
 
 
@@ -294,8 +292,8 @@ def test_students(name: str, kind: str, ranks, tmp_path):
 @pytest.mark.skipif(not HAS_BNB, reason="bitsandbytes is not installed")
 @pytest.mark.parametrize("bits", ["8bit", "4bit"])
 def test_adapters_on_a_quantized_body(bits: str, ranks, tmp_path):
-    _, found = ranks
-    expected = gradients(tmp_path, lambda: quantized(bits), 4)
+    folder, found = ranks
+    expected = gradients(tmp_path, lambda: quantized(folder / "body", bits), 4)
     for each in found:
         assert_same(each["quantized"][bits], expected)
     plain = gradients(tmp_path, lambda: with_adapters(model(0).float(), 2, 4, seed=0), 4)
