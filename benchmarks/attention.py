@@ -106,6 +106,7 @@ CASES = (
     Case("8b-4k", LLAMA_8B, ("forward", "backward"), lengths=(4096, 4096), tokens=16384),
     Case("8b-16k", LLAMA_8B, ("forward", "backward"), lengths=(16384, 16384), tokens=16384),
     Case("8b-32k", LLAMA_8B, ("forward", "backward"), lengths=(32768, 32768), tokens=32768),
+    Case("8b-128k", LLAMA_8B, ("forward", "backward"), lengths=(131072, 131072), tokens=131072),
 )
 
 
@@ -136,7 +137,7 @@ GOALS = (
     ),
     *(
         Goal("A4", case, mode, VENDORS, wanted, stretch)
-        for case in ("8b-4k", "8b-16k", "8b-32k")
+        for case in ("8b-4k", "8b-16k", "8b-32k", "8b-128k")
         for mode, wanted, stretch in (("forward", 0.75, 0.85), ("backward", 0.6, 0.7))
     ),
     # 16 layers, because a model builds its plan once for all of them
