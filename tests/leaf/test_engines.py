@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from safetensors.torch import load_file
 from torch.distributed.fsdp import CPUOffloadPolicy
 from torch.distributed.tensor import DTensor
 from training import Gradients, arguments, assert_same, groups, model, train, whole
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Trainer
 
 from leaf.checkpoint import damage
 from leaf.trainer import LeafTrainer
@@ -92,8 +93,17 @@ def rank_twenty_steps(output: str) -> Any:
 
 
 def rank_ddp_checkpoints(output: str) -> Any:
-    trained = trainer(output, **LEARNING)
-    trained.train()
+    """The second rank is late with its last file of a checkpoint."""
+    save = Trainer._save_rng_state
+
+    def late(self: Trainer, folder: str) -> None:
+        time.sleep(0.5 * int(os.environ["RANK"]))
+        save(self, folder)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "_save_rng_state", late)
+        trained = trainer(output, **LEARNING)
+        trained.train()
     return weights(trained)
 
 
