@@ -97,7 +97,9 @@ def rank_ddp_checkpoints(output: str) -> Any:
     save = Trainer._save_rng_state
 
     def late(self: Trainer, folder: str) -> None:
-        time.sleep(0.5 * int(os.environ["RANK"]))
+        while os.environ["RANK"] == "1" and not Path(folder, "rng_state_0.pth").exists():
+            time.sleep(1)
+        time.sleep(int(os.environ["RANK"]))
         save(self, folder)
 
     with pytest.MonkeyPatch.context() as patch:
