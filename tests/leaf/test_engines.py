@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from safetensors.torch import load_file
 from torch.distributed.fsdp import CPUOffloadPolicy
 from torch.distributed.tensor import DTensor
 from training import Gradients, arguments, assert_same, groups, model, train, whole
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Trainer
 
 from leaf.checkpoint import damage
 from leaf.loading import load_model, with_adapters
@@ -104,8 +105,19 @@ def rank_twenty_steps(output: str) -> Any:
 
 
 def rank_ddp_checkpoints(output: str) -> Any:
-    trained = trainer(output, **LEARNING)
-    trained.train()
+    """The second rank is late with its last file of a checkpoint."""
+    save = Trainer._save_rng_state
+
+    def late(self: Trainer, folder: str) -> None:
+        while os.environ["RANK"] == "1" and not Path(folder, "rng_state_0.pth").exists():
+            time.sleep(1)
+        time.sleep(int(os.environ["RANK"]))
+        save(self, folder)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "_save_rng_state", late)
+        trained = trainer(output, **LEARNING)
+        trained.train()
     return weights(trained)
 
 
