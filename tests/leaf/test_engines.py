@@ -307,7 +307,11 @@ def test_adapters_on_a_quantized_body(bits: str, ranks, tmp_path):
     folder, found = ranks
     expected = gradients(tmp_path, lambda: quantized(folder / "body", bits), 4)
     for each in found:
-        assert_same(each["quantized"][bits], expected)
+        losses, steps = each["quantized"][bits]
+        assert losses == pytest.approx(expected[0], rel=1e-5)
+        for step, reference in zip(steps, expected[1], strict=True):
+            for name, gradient in reference.items():  # in fp32, not in fp64 as above
+                assert (step[name] - gradient).norm() < 1e-4 * gradient.norm(), name
     plain = gradients(tmp_path, lambda: with_adapters(model(0).float(), 2, 4, seed=0), 4)
     assert plain[0] != pytest.approx(expected[0], rel=1e-4), "nothing was quantized"
 
