@@ -107,10 +107,10 @@ def test_kills_at_any_time(tmp_path: pathlib.Path, whole: pathlib.Path, prepared
     draw, killed = random.Random(0), 0
     for who in ("0", "1", "all", "0"):
         before = checkpoints(folder)
-        killed += leaf(*command, die=f"{who}:after-{draw.uniform(0, 1.2):.2f}").returncode != 0
+        killed += leaf(*command, die=f"{who}:after-{draw.uniform(0, 0.4):.2f}").returncode != 0
         after = checkpoints(folder)
         assert not before or (after and max(after) >= max(before)), "the only whole checkpoint was removed"
-    assert killed > 1
+    assert killed, "they were through before"
     done = leaf(*command)
     assert done.returncode == 0, done.stderr
     assert_same_training(folder, whole)
