@@ -143,7 +143,7 @@ def _models(trainer: LeafTrainer) -> str:
 
     student, cache = named("student", trainer.model), trainer.answers
     if cache is not None:
-        return f"{student}, teacher in a cache of {len(cache):,} sequences ({cache.kind})"
+        return f"{student}, teacher in a cache of {len(cache):,} sequences ({cache.says})"
     return f"{student}, {named('teacher', trainer.teacher)}"
 
 
@@ -214,7 +214,7 @@ def predict(trainer: LeafTrainer) -> tuple[str, int | None]:
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         return "not predicted: the ranks share weights or state", None
     if teacher is None:
-        return "not predicted: the teacher is in a cache", None
+        return "not predicted: the teacher is in a cache; see `leaf estimate --teacher-mode`", None
     weights = weight_bytes(student) + weight_bytes(teacher)  # type: ignore[arg-type]
     state = 3 * sum(p.nbytes for p in trained)
     held = f"weights {_size(weights)}, gradients and AdamW {_size(state)}"

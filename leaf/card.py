@@ -54,6 +54,9 @@ def model_card(
     data = ModelCardData(**{**defaults, **metadata}, tags=[*own, *(tag for tag in added if tag not in own)])
     adapter: Any = getattr(model, "active_peft_config", None)
     settings = {
+        "teacher's answers": "computed on the fly"
+        if trainer.answers is None
+        else f"from a cache ({trainer.answers.says})",
         **(
             {"adapters": f"LoRA, rank {adapter.r}, alpha {adapter.lora_alpha:g}"}
             if hasattr(adapter, "lora_alpha")
@@ -66,7 +69,9 @@ def model_card(
         "counterfactuals of a sample per epoch": args.counterfactuals_per_sample,
         "columns of the vocabulary": "all" if trainer.vocab_size is None else f"{trainer.vocab_size:,}",
         "steps": trainer.state.global_step,
-        "groups in a step": args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size,
+        "groups in a step, at most": args.per_device_train_batch_size
+        * args.gradient_accumulation_steps
+        * args.world_size,
         "learning rate": f"{args.learning_rate:g}, {getattr(args.lr_scheduler_type, 'value', args.lr_scheduler_type)}",
         "seed": args.seed,
     }
@@ -123,10 +128,10 @@ def run_card(
     card.save(folder / "README.md")
 
 
-def add_evaluation(path: Path, rows: Iterable[Mapping[str, Any]], data: str) -> None:
+def add_evaluation(path: Path, rows: Iterable[Mapping[str, Any]], data: str, *, unseen: bool) -> None:
     """Puts the rows of the evaluation table into a card of `run_card`; a card without their place is left alone.
 
-    data: what the models were evaluated on.
+    data: what the models were evaluated on. unseen: they were not trained on it; only then is it a result in the metadata.
     """
     if not path.exists() or not all(mark in path.read_text(encoding="utf-8") for mark in _MARKS):
         return
@@ -135,10 +140,15 @@ def add_evaluation(path: Path, rows: Iterable[Mapping[str, Any]], data: str) -> 
     shown = [(row["model"], *("–" if row[n] is None else f"{row[n]:.4g}" for n in names)) for row in rows]
     table = _table(("student", *(name.replace("_", " ") for name in names)), shown)
     before, _, rest = card.text.partition(_MARKS[0])
-    said = f"On `{name_of(data)}`, rows by whether their answers could be checked.\n\n{table}"
+    trained = "" if unseen else ", **rows that the student was trained on**"
+    said = (
+        f"Accuracy on `{name_of(data)}`{trained}: of the rows whose answers could be checked. Attention to flagged tokens "
+        f"is that on the rows of the training data that were scored.\n\n{table}"
+    )
     card.text = f"{before}{_MARKS[0]}\n{said}\n{_MARKS[1]}{rest.partition(_MARKS[1])[2]}"
     accuracy = next((row["accuracy"] for row in rows if row["model"] == "after"), None)
-    if accuracy is not None:
+    card.data.eval_results = None
+    if accuracy is not None and unseen:
         card.data.eval_results = [
             EvalResult(
                 task_type="text-generation",

@@ -67,10 +67,10 @@ def check_shards(trainer: Trainer) -> None:
         ValueError: naming the remedy.
     """
     args = trainer.args
-    if args.fsdp and not trainer.is_fsdp_enabled:
+    if (args.fsdp or _is_set("ACCELERATE_USE_FSDP")) and not trainer.is_fsdp_enabled:
         raise ValueError(
-            f"fsdp={args.fsdp!r}, but accelerate shards on GPUs only and would train whole copies on {args.device.type}; "
-            "leave fsdp out"
+            f"FSDP was asked for, but accelerate shards on GPUs only and would train whole copies on {args.device.type}: "
+            "leave fsdp out, or launch without an FSDP configuration"
         )
     if getattr(trainer.model, "is_quantized", False) and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
         raise ValueError(

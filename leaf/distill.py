@@ -40,8 +40,8 @@ def distill(run: Run) -> Table:
     if run.config.teacher_mode in CACHED:
         inputs["cache"] = open_table(run.folder / "cache").fingerprint
     key = run.key("distill", **inputs, **run.models())
-    # Named by what goes in: a checkpoint of other inputs must never be resumed from.
-    checkpoints = run.folder / "checkpoints" / digest(key)
+    # Named by what goes in: a checkpoint of other inputs, or of steps of another size, must never be resumed from.
+    checkpoints = run.folder / "checkpoints" / digest({**key, "ranks": run.ranks})
 
     def train(_: Sequence[None]) -> Produced:
         encode = run.encoder.encode_text
@@ -63,6 +63,12 @@ def distill(run: Run) -> Table:
             shutil.rmtree(unfinished, ignore_errors=True)  # of a run that was killed
         found = last_whole(checkpoints, run.ui.say) if run.is_writer else None
         (last,) = broadcast_object_list([found and str(found)])  # all ranks resume from what rank 0 finds whole
+        others = [folder for folder in checkpoints.parent.glob("*/checkpoint-*") if folder.parent != checkpoints]
+        if others and not last:
+            run.ui.say(
+                f"distill: begins anew; the checkpoints in {others[0].parent} are of other inputs, options or "
+                "another number of processes"
+            )
         if last:
             run.ui.say(f"distill: resumed from {pathlib.Path(last).name}")
         result = trainer.train(resume_from_checkpoint=last)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import pyarrow as pa
 import torch
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
 from . import __version__, graders
 from .cache import Responses
@@ -67,10 +67,11 @@ class Silent:
         return iter(items)
 
 
-def read(config: RunConfig, data: str | None) -> Iterator[Row | Skip]:
-    """The rows of `data`, as the options of `config` say."""
+def read(config: RunConfig, data: str | None, option: str = "data") -> Iterator[Row | Skip]:
+    """The rows of `data`, which `option` names, as the other options of `config` say."""
     if data is None:
-        raise ValueError("no rows: give --data FILE (or `data:` in the config file)")
+        flag = "--" + option.replace("_", "-")
+        raise ValueError(f"no rows: give {flag} FILE (or `{option}:` in the config file)")
     options = ("prompt_column", "response_column", "answer_column", "prompt_template", "protect", "system", "limit")
     return read_rows(data, responses=config.responses, **{name: getattr(config, name) for name in options})
 
@@ -184,8 +185,10 @@ class Run:
     def shared_vocabulary(self) -> int:
         """Columns of both heads that mean the same token; an error where the tokenizers differ."""
         names = self.name("teacher"), self.name("student")
+        # A tokenizer may know more tokens than a head has columns
+        heads = [AutoConfig.from_pretrained(name).get_text_config().vocab_size for name in names]
         try:
-            return check_pair(self.encoder.tokenizer, AutoTokenizer.from_pretrained(names[0]))
+            return min(check_pair(self.encoder.tokenizer, AutoTokenizer.from_pretrained(names[0])), *heads)
         except DifferentTokenizers as error:
             raise ValueError(
                 f"teacher {names[0]} cannot be distilled into student {names[1]}: {error}, or run `leaf select`, "

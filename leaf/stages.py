@@ -246,7 +246,7 @@ def evaluate(run: Run) -> Table:
         raise ValueError(f"{after} is missing: remove {run.folder / 'distill'} and run `leaf distill` again")
     if run.config.eval_data is None:
         run.ui.say("eval: no --eval-data: accuracy is that on the rows of --data, which the student was trained on")
-    units = list(read(run.config, run.config.eval_data or run.config.data))
+    units = list(read(run.config, run.config.eval_data or run.config.data, "eval_data"))
     rows = [unit for unit in units if isinstance(unit, Row)]
     for reason, count in collections.Counter(unit.reason for unit in units if isinstance(unit, Skip)).items():
         run.ui.say(f"eval: {count} of {len(units)} rows are left out: {reason}")
@@ -284,7 +284,8 @@ def evaluate(run: Run) -> Table:
         ]
         run.ui.say(f"eval: {row['model']}: {', '.join(shown)} ({row['checked']} rows checked)")
     if run.is_writer:
-        add_evaluation(after / "README.md", table, str(run.config.eval_data or run.config.data))
+        unseen = run.config.eval_data is not None
+        add_evaluation(after / "README.md", table, str(run.config.eval_data or run.config.data), unseen=unseen)
     return table
 
 

@@ -103,6 +103,11 @@ class TeacherCache:
         """Sequences."""
         return len(self._entries) - (HEAD in self._entries)
 
+    @property
+    def says(self) -> str:
+        """What is kept, in words."""
+        return "last hidden states" if self.kind == "hidden" else f"the {self.key['k']} most probable tokens"
+
     @functools.cached_property
     def head(self) -> Head | None:
         """The teacher's head, for "hidden": weight [V', Dt] in its own dtype, on the CPU. None for "topk"."""

@@ -88,19 +88,23 @@ def test_evaluation_takes_its_place_and_can_be_repeated(card: Path, tmp_path: Pa
     rest = {"attention_to_flagged": None, "checked": 4, "unchecked": 1, "skipped": 0}
     for after in (0.5, 0.75):
         rows = [{"model": "before", "accuracy": 0.25, **rest}, {"model": "after", "accuracy": after, **rest}]
-        add_evaluation(card, rows, str(tmp_path / "README.md"))
+        add_evaluation(card, rows, str(tmp_path / "README.md"), unseen=True)
     text = card.read_text()
     assert NO_EVALUATION not in text
+    assert "trained on**" not in text
     assert "| before | 0.25 | – | 4 | 1 | 0 |" in text
     assert "| after | 0.75 | – | 4 | 1 | 0 |" in text
     assert "| after | 0.5 |" not in text
     assert "## Use" in text
     (result,) = ModelCard.load(card).data.eval_results
     assert (result.metric_type, result.metric_value, result.dataset_name) == ("accuracy", 0.75, "README.md")
+    add_evaluation(card, rows, str(tmp_path / "README.md"), unseen=False)
+    assert "rows that the student was trained on" in card.read_text()
+    assert not ModelCard.load(card).data.eval_results, "no result to show around"
     other = tmp_path / "other.md"
     other.write_text("# Mine\n")
-    add_evaluation(other, [], "x")
-    add_evaluation(tmp_path / "missing.md", [], "x")
+    add_evaluation(other, [], "x", unseen=True)
+    add_evaluation(tmp_path / "missing.md", [], "x", unseen=True)
     assert other.read_text() == "# Mine\n"
 
 
