@@ -15,8 +15,7 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset, IterableDataset
 
-from leaf_kernels import SharedPrefixLayout
-from leaf_kernels.packing import deal, pack_sizes, packed_sizes
+from leaf_kernels import SharedPrefixLayout, deal, pack_sizes, packed_sizes
 
 from .teacher import TeacherCache
 from .units import token_ids

@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from leaf_kernels.packing import deal
+from leaf_kernels import deal
 
 from .config import asked_of_the_hub
 

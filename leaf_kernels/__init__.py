@@ -22,7 +22,10 @@ if TYPE_CHECKING:
     from .ops.token_scores.api import flag_tokens as flag_tokens
     from .ops.token_scores.api import flagged_spans as flagged_spans
     from .ops.token_scores.api import token_scores as token_scores
+    from .packing import deal as deal
     from .packing import pack_groups as pack_groups
+    from .packing import pack_sizes as pack_sizes
+    from .packing import packed_sizes as packed_sizes
     from .types import FlaggedSpans as FlaggedSpans
     from .types import Impl as Impl
     from .types import LinearCrossEntropyOutput as LinearCrossEntropyOutput
@@ -41,12 +44,15 @@ _HOME = {
     "SharedPrefixLayout": ".layout",
     "TokenScores": ".types",
     "attention_mass": ".ops.attention_mass.api",
+    "deal": ".packing",
     "flag_tokens": ".ops.token_scores.api",
     "flagged_spans": ".ops.token_scores.api",
     "linear_cross_entropy": ".ops.linear_kl.api",
     "linear_kl": ".ops.linear_kl.api",
     "linear_kl_topk": ".ops.linear_kl.api",
     "pack_groups": ".packing",
+    "pack_sizes": ".packing",
+    "packed_sizes": ".packing",
     "pruned_attention": ".ops.pruned_attention.api",
     "token_scores": ".ops.token_scores.api",
 }

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import sys
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -32,3 +34,15 @@ def pytest_configure(config: pytest.Config) -> None:
     """Triton's interpreter must be asked for before a kernel is defined."""
     if _interpreted(config):
         os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+@pytest.fixture
+def not_installed(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Makes packages look as if they were not there, also those that an earlier test has imported."""
+
+    def hide(*names: str) -> None:
+        for name in names:
+            for module in [name, *(m for m in sys.modules if m.startswith(f"{name}."))]:
+                monkeypatch.setitem(sys.modules, module, None)
+
+    return hide

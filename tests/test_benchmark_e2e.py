@@ -184,7 +184,10 @@ def test_what_was_not_measured_is_neither_passed_nor_failed():
 # -- a run -------------------------------------------------------------------------------------------------------------
 
 
-def test_a_run_measures_goes_on_and_fills_its_table(quick, tmp_path, monkeypatch):
+def test_a_run_measures_goes_on_and_fills_its_table(quick, tmp_path, monkeypatch, not_installed):
+    not_installed("trl", "liger_kernel")
+    for cached in (e2e._gkd_loss, e2e._liger_loss):
+        cached.cache_clear()
     path = tmp_path / "some-gpu" / "e2e.json"
     assert e2e.run(path, CPU, 120, commit="a", only=["step"])
     first = json.loads(path.read_text())["rows"]

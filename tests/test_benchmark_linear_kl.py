@@ -303,9 +303,8 @@ def test_peers_are_called_with_what_is_theirs(peers, problem, name: str):
 # -- a run -------------------------------------------------------------------------------------------------------------
 
 
-def test_a_run_from_end_to_end(quick, tmp_path, capsys, monkeypatch):
-    for name in ("trl", "liger_kernel", "fla"):
-        monkeypatch.setitem(sys.modules, name, None)  # as if not installed
+def test_a_run_from_end_to_end(quick, tmp_path, capsys, monkeypatch, not_installed):
+    not_installed("trl", "liger_kernel", "fla")
     path = tmp_path / "linear_kl.json"
     assert linear_kl.run(path, CPU, 60, commit="a", only=["1B-70B", "1B-8B masked", "1B-8B 32k"])
     out = capsys.readouterr().out

@@ -191,7 +191,7 @@ def test_dry_run_counts_and_writes_nothing(
     flags = [*command(options), "--dry-run"]
     assert cli.main(flags) == 0
     out = " ".join(capsys.readouterr().out.split())
-    for part in ("samples 12 12 ", "packs of up to 180 ", "score, teacher", "score, student", "memory in GiB"):
+    for part in ("samples 12 12 ", "packs of up to 180 ", "score, teacher", "score, student", "memory in MiB"):
         assert part in out, part
     longest = max(select_lengths(options))
     assert f"longest sample {longest} {longest} " in out

@@ -14,7 +14,7 @@ from peft import LoraConfig, get_peft_model
 from test_trainer import arguments, groups, model
 from training import Gradients, assert_same
 
-from leaf.checks import check_engine
+from leaf.checks import check_shards
 from leaf.loading import adapter_base, load_model, with_adapters
 from leaf.trainer import LeafTrainer
 from leaf_kernels.testing import record_peak_bytes
@@ -127,4 +127,4 @@ def test_a_quantized_student_is_not_sharded() -> None:
         args=types.SimpleNamespace(fsdp=True), accelerator=accelerator, model=quantized, is_fsdp_enabled=True
     )
     with pytest.raises(ValueError, match="train its adapters with DDP"):
-        check_engine(trainer)
+        check_shards(trainer)

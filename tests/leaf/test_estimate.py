@@ -81,6 +81,8 @@ class Known(TeacherCache):
         self.kind, self.temperature = CACHED[mode], 1.0
         self.key = {"k": 8, "vocab_size": VOCABULARY}
 
+    def check(self, groups: object) -> None: ...
+
     def read(self, input_ids: Sequence[int], response_start: int) -> dict[str, torch.Tensor]:
         rows = len(input_ids) - response_start
         return {name: t.new_zeros(rows, t.shape[1]) for name, t in self.empty().items()}
