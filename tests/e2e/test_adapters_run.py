@@ -124,6 +124,7 @@ def test_options_of_adapters_train_again_and_nothing_else(
         assert {f"{name}: unchanged" for name in ("select", "score", "prune", "verify")} <= set(said)
 
 
+@pytest.mark.slow
 def test_a_killed_training_of_adapters_ends_where_an_uninterrupted_one_ends(
     tmp_path: pathlib.Path, run: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -57,6 +57,7 @@ def test_everything_that_is_distilled_is_cached(tmp_path: pathlib.Path, pair: di
     assert any(line.startswith("cache: computed again, because") and "kind" in line for line in said)
 
 
+@pytest.mark.slow
 def test_its_size_is_estimated_before(
     tmp_path: pathlib.Path, pair: dict[str, str], capsys: pytest.CaptureFixture[str]
 ) -> None:
