@@ -64,11 +64,7 @@ def _step(checkpoint: pathlib.Path) -> int:
 
 @contextlib.contextmanager
 def full_disk(folder: pathlib.Path, remedy: str) -> Iterator[None]:
-    """Errors of a full disk below, by whatever library: one that names `folder` and `remedy`.
-
-    Raises:
-        OSError: ENOSPC.
-    """
+    """Turns what any library says of a full disk into an OSError that names `folder` and `remedy`."""
     try:
         yield
     except BaseException as error:  # torch.distributed.checkpoint has one that is no Exception

@@ -72,9 +72,8 @@ def distill(run: Run) -> Table:
         if last:
             run.ui.say(f"distill: resumed from {pathlib.Path(last).name}")
         result = trainer.train(resume_from_checkpoint=last)
-        mean = (
-            "" if last else f", mean loss {result.training_loss:.4g}"
-        )  # the Trainer knows those of its own steps only
+        # Of a resumed training the Trainer knows the steps since then only
+        mean = "" if last else f", mean loss {result.training_loss:.4g}"
         run.ui.say(f"distill: {result.global_step} steps at learning rate {arguments.learning_rate:g}{mean}")
         trainer.save_model(str(unfinished))  # every rank: a sharded model is gathered from all
         unset_hf_deepspeed_config()  # or what is loaded next would be divided among the ranks
