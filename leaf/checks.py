@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
 
 import torch
 from accelerate import ParallelismConfig
@@ -13,9 +12,7 @@ from transformers import PreTrainedModel, Trainer
 
 from .objective import check_head
 from .teacher import TeacherCache
-
-if TYPE_CHECKING:
-    from .trainer import LeafArguments
+from .training_arguments import LeafArguments
 
 
 def check_arguments(args: LeafArguments, *, spread_teacher: bool = False) -> None:
